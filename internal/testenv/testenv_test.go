@@ -1,0 +1,260 @@
+package testenv_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"cacheproxy/internal/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// patience bounds a wait for something that must come: far beyond what it takes, so that only a real failure meets it.
+const patience = 20 * time.Second
+
+// silence is how long we listen for something that must not come. Too short could miss a fault; it cannot fail a
+// correct link.
+const silence = 100 * time.Millisecond
+
+type client struct {
+	t    *testing.T
+	conn net.Conn
+	r    *bufio.Reader
+}
+
+func dial(t *testing.T, addr string) *client {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", addr, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return &client{t: t, conn: conn, r: bufio.NewReader(conn)}
+}
+
+func (c *client) send(line string) {
+	c.t.Helper()
+	if _, err := c.conn.Write([]byte(line + "\r\n")); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *client) reply(within time.Duration) (string, error) {
+	c.t.Helper()
+	if err := c.conn.SetReadDeadline(time.Now().Add(within)); err != nil {
+		c.t.Fatal(err)
+	}
+	line, err := c.r.ReadString('\n')
+	return strings.TrimSpace(line), err
+}
+
+func (c *client) expect(want string) {
+	c.t.Helper()
+	if got, err := c.reply(patience); err != nil || got != want {
+		c.t.Fatalf("got %q, %v, want %q", got, err, want)
+	}
+}
+
+func (c *client) expectSilence() {
+	c.t.Helper()
+	if got, err := c.reply(silence); !errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Fatalf("got %q, %v, want nothing", got, err)
+	}
+}
+
+func (c *client) expectClosed() {
+	c.t.Helper()
+	if got, err := c.reply(patience); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Fatalf("got %q, %v, want a closed connection", got, err)
+	}
+}
+
+func TestRedisIsPrivateToTheTest(t *testing.T) {
+	a, b := testenv.Redis(t), testenv.Redis(t, "--maxmemory", "7mb")
+	ca, cb := dial(t, a.Addr()), dial(t, b.Addr())
+	ca.send("SET k 1")
+	ca.expect("+OK")
+	cb.send("EXISTS k")
+	cb.expect(":0")
+	cb.send("CONFIG GET maxmemory")
+	for _, want := range []string{"*2", "$9", "maxmemory", "$7", "7340032"} {
+		cb.expect(want)
+	}
+}
+
+func TestPostgresGivesEachTestADatabase(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	names := make(map[string]bool)
+	for range 2 {
+		conn, err := pgx.Connect(ctx, testenv.Postgres(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close(context.Background()) })
+		var name string
+		if err := conn.QueryRow(ctx, "SELECT current_database()").Scan(&name); err != nil {
+			t.Fatal(err)
+		}
+		names[name] = true
+		if _, err := conn.Exec(ctx, "CREATE TABLE only_here (id int)"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(names) != 2 {
+		t.Fatalf("two tests share a database: %v", names)
+	}
+}
+
+func TestPostgresServerCountsStatements(t *testing.T) {
+	p := testenv.PostgresServer(t)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, p.URL("postgres"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(ctx) }()
+	if _, err := conn.Exec(ctx, "CREATE EXTENSION pg_stat_statements"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(ctx, "SELECT 41 + 1"); err != nil {
+		t.Fatal(err)
+	}
+	var calls int
+	err = conn.QueryRow(ctx, "SELECT calls FROM pg_stat_statements WHERE query = 'SELECT $1 + $2'").Scan(&calls)
+	if err != nil || calls != 1 {
+		t.Fatalf("calls = %d, %v, want 1", calls, err)
+	}
+}
+
+func TestFreePortIsNeverGivenTwice(t *testing.T) {
+	seen := make(map[int]bool)
+	for range 200 {
+		port := testenv.FreePort(t)
+		if seen[port] {
+			t.Fatalf("port %d given twice", port)
+		}
+		seen[port] = true
+	}
+}
+
+func TestLinkCut(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	c := dial(t, link.Addr())
+	c.send("PING")
+	c.expect("+PONG")
+
+	link.Cut()
+	c.expectClosed()
+	if conn, err := net.DialTimeout("tcp", link.Addr(), patience); !errors.Is(err, syscall.ECONNREFUSED) {
+		if err == nil {
+			_ = conn.Close()
+		}
+		t.Fatalf("dial a cut link: %v, want connection refused", err)
+	}
+
+	link.Heal()
+	c = dial(t, link.Addr())
+	c.send("PING")
+	c.expect("+PONG")
+}
+
+func TestLinkFreeze(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	before := dial(t, link.Addr())
+	before.send("SET k v")
+	before.expect("+OK")
+
+	link.Freeze()
+	during := dial(t, link.Addr()) // accepted
+	before.send("APPEND k w")
+	during.send("PING")
+	before.expectSilence()
+	during.expectSilence()
+
+	link.Thaw()
+	before.expect(":2") // nothing was lost, and nothing doubled
+	during.expect("+PONG")
+}
+
+func TestFrozenLinkHidesTheEndOfTheServer(t *testing.T) {
+	r := testenv.Redis(t)
+	link := testenv.NewLink(t, r.Addr())
+	c := dial(t, link.Addr())
+	c.send("PING")
+	c.expect("+PONG")
+	link.Freeze()
+	if err := r.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	c.expectSilence()
+	link.Heal()
+	c.expectClosed()
+}
+
+func TestCutReachesAFrozenLink(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	c := dial(t, link.Addr())
+	c.send("PING")
+	c.expect("+PONG")
+	link.Freeze()
+	c.send("PING")
+	link.Cut()
+	c.expectClosed()
+	link.Heal()
+	c = dial(t, link.Addr())
+	c.send("PING")
+	c.expect("+PONG")
+}
+
+func TestLinkDelays(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	link.Delay(time.Hour)
+	slow := dial(t, link.Addr())
+	slow.send("PING")
+	slow.expectSilence()
+	link.Heal()
+	fast := dial(t, link.Addr())
+	fast.send("PING")
+	fast.expect("+PONG")
+}
+
+func TestLinkKeepsOrderWhenTheDelayChanges(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	c := dial(t, link.Addr())
+	c.send("SET n 0")
+	c.expect("+OK")
+	link.Delay(50 * time.Millisecond)
+	for range 50 {
+		c.send("INCR n")
+	}
+	link.Delay(0) // what was sent under the delay still comes first
+	c.send("PING")
+	for i := range 50 {
+		c.expect(":" + strconv.Itoa(i+1))
+	}
+	c.expect("+PONG")
+}
+
+func TestLinkPassesAHalfClose(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	c := dial(t, link.Addr())
+	c.send("ECHO bye")
+	if err := c.conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	c.expect("$3")
+	c.expect("bye")
+	c.expectClosed()
+}
