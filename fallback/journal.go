@@ -1,0 +1,240 @@
+package fallback
+
+import (
+	"context"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"cacheproxy/policy"
+)
+
+const (
+	// pollLimit bounds one poll. Oldest first, so that what remains is never forgotten; a thousand rows are
+	// more than a sidecar repairs between two polls.
+	pollLimit = 1000
+	// maxPhases bounds what a poll returns of cacheproxy.phases: routes times phases ever used. More than this
+	// is not a configuration but a runaway writer.
+	maxPhases = 10_000
+	// commitLag is how much earlier than asked ChangedSince looks: a row carries the time of its INSERT, and
+	// becomes visible with the COMMIT that follows in the same round trip. Ten seconds exceed any commit that
+	// still keeps its deadline, and cost no more than a few repairs that were not needed.
+	commitLag = 10 * time.Second
+	// maxPage bounds one page of ChangedSince: 10,000 keys of 2,000 bytes are 20 MB.
+	maxPage = 10_000
+)
+
+const (
+	intentSQL = `
+INSERT INTO cacheproxy.journal (keys, routes)
+SELECT array_agg(u.key), array_agg(u.route)
+FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u(key, route, known)
+WHERE NOT EXISTS (SELECT FROM cacheproxy.journal j WHERE j.id = u.known)
+HAVING count(*) > 0
+RETURNING id`
+	strikeSQL = `DELETE FROM cacheproxy.journal WHERE id = ANY ($1::bigint[])`
+	takeSQL   = strikeSQL + ` RETURNING id, keys, routes`
+	clockSQL  = `SELECT clock_timestamp()`
+	pollSQL   = `
+SELECT id, keys, routes, greatest((extract(epoch FROM clock_timestamp() - created_at) * 1000000)::bigint, 0)
+FROM cacheproxy.journal
+WHERE id > $2::bigint
+ORDER BY id
+LIMIT $1::bigint`
+	phasesSQL   = `SELECT route, phase FROM cacheproxy.phases ORDER BY route, phase LIMIT $1::bigint`
+	registerSQL = `
+INSERT INTO cacheproxy.phases AS p (route, phase, since, last_seen)
+VALUES ($1::text, $2::text, clock_timestamp(), clock_timestamp())
+ON CONFLICT (route, phase) DO UPDATE SET last_seen = excluded.last_seen`
+	changedSQL = `
+SELECT route, key
+FROM cacheproxy.entries
+WHERE updated_at >= $1::timestamptz AND key > $2::text
+ORDER BY key
+LIMIT $3::bigint`
+	allSQL = `SELECT route, key FROM cacheproxy.entries WHERE key > $1::text ORDER BY key LIMIT $2::bigint`
+)
+
+// queueIntent adds one journal row for refs to b; its answer is the row's id. known is as in CommitOptions.
+func queueIntent(b *pgx.Batch, refs []policy.Ref, known []int64) {
+	keys, routes := make([]string, len(refs)), make([]string, len(refs))
+	for i, ref := range refs {
+		keys[i], routes[i] = ref.Key, ref.Route
+	}
+	if known == nil {
+		known = []int64{}
+	}
+	b.Queue(intentSQL, keys, routes, known)
+}
+
+func newIntent(id int64, keys, routes []string) Intent {
+	in := Intent{ID: id, Refs: make([]policy.Ref, len(keys))}
+	for i := range keys { // a CHECK holds that both arrays are of one length
+		in.Refs[i] = policy.Ref{Route: routes[i], Key: keys[i]}
+	}
+	return in
+}
+
+// Strike deletes journal rows. Rows that are gone already do not matter.
+func (s *Store) Strike(ctx context.Context, intents []int64) error {
+	if len(intents) == 0 {
+		return nil
+	}
+	return s.do(ctx, s.house, "strike", func(ctx context.Context, c *pgx.Conn) error {
+		_, err := c.Exec(ctx, strikeSQL, intents)
+		return err
+	})
+}
+
+// Intent is one journal row: Redis may be stale for Refs.
+type Intent struct {
+	ID   int64
+	Refs []policy.Ref
+	Age  time.Duration // on the server's clock
+}
+
+// Poll is what a sidecar has to know regularly.
+type Poll struct {
+	Now     time.Time // the server's clock
+	Intents []Intent  // oldest first, at most 1,000
+	More    bool      // there are more of them
+	// Phases names for each route every phase that was ever registered, in alphabetical order.
+	Phases map[string][]string
+}
+
+// Poll reads the clock, the journal and the phases in one round trip. Of the journal it answers a page: the rows behind after.
+func (s *Store) Poll(ctx context.Context, after int64) (Poll, error) {
+	var p Poll
+	err := s.do(ctx, s.house, "poll", func(ctx context.Context, c *pgx.Conn) error {
+		p = Poll{Phases: map[string][]string{}}
+		var b pgx.Batch
+		b.Queue(clockSQL)
+		b.Queue(pollSQL, pollLimit+1, after)
+		b.Queue(phasesSQL, maxPhases)
+		br := c.SendBatch(ctx, &b)
+		err := p.read(br)
+		if cerr := br.Close(); err == nil {
+			err = cerr
+		}
+		return err
+	})
+	if err != nil {
+		return Poll{}, err
+	}
+	return p, nil
+}
+
+func (p *Poll) read(br pgx.BatchResults) error {
+	if err := br.QueryRow().Scan(&p.Now); err != nil {
+		return err
+	}
+	rows, err := br.Query()
+	if err != nil {
+		return err
+	}
+	var id, micros int64
+	var keys, routes []string
+	_, err = pgx.ForEachRow(rows, []any{&id, &keys, &routes, &micros}, func() error {
+		if len(p.Intents) == pollLimit {
+			p.More = true
+			return nil
+		}
+		in := newIntent(id, keys, routes)
+		in.Age = time.Duration(micros) * time.Microsecond
+		p.Intents = append(p.Intents, in)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if rows, err = br.Query(); err != nil {
+		return err
+	}
+	var route, phase string
+	_, err = pgx.ForEachRow(rows, []any{&route, &phase}, func() error {
+		p.Phases[route] = append(p.Phases[route], phase)
+		return nil
+	})
+	return err
+}
+
+// Register records that route is served in phase; the first time stays, the last time is now.
+func (s *Store) Register(ctx context.Context, route, phase string) error {
+	return s.do(ctx, s.house, "register a phase", func(ctx context.Context, c *pgx.Conn) error {
+		_, err := c.Exec(ctx, registerSQL, route, phase)
+		return err
+	})
+}
+
+// Forget takes back what Register recorded.
+func (s *Store) Forget(ctx context.Context, route, phase string) error {
+	return s.do(ctx, s.house, "forget a phase", func(ctx context.Context, c *pgx.Conn) error {
+		_, err := c.Exec(ctx, `DELETE FROM cacheproxy.phases WHERE route = $1 AND phase = $2`, route, phase)
+		return err
+	})
+}
+
+// ChangedSince returns the keys of rows (tombstones, expired and dead ones included) that were written since
+// a time on the server's clock, or of all rows if since is zero. The sweep may have made tombstones of expired
+// rows; these are listed also if they only expired since. Keys come in byte order, those after the key
+// after, limit at most (0 and more than 10,000 mean 10,000): the last key of a page is the next after, and a
+// page shorter than limit is the last. It looks ten seconds further back than since, because a row becomes
+// visible a little later than the time it carries. Rows written while the pages are read may be missing; their
+// writers are alive and finish their own work.
+func (s *Store) ChangedSince(ctx context.Context, since time.Time, after string, limit int) ([]policy.Ref, error) {
+	if limit <= 0 || limit > maxPage {
+		limit = maxPage
+	}
+	// The statement is planned anew for each page: a plan made for any since would expect a third of the table
+	// and walk the primary key for the handful of rows that a short outage has changed.
+	sql, args := allSQL, []any{pgx.QueryExecModeExec, after, limit}
+	if !since.IsZero() {
+		sql, args = changedSQL, []any{pgx.QueryExecModeExec, since.Add(-commitLag), after, limit}
+	}
+	var refs []policy.Ref
+	err := s.do(ctx, s.house, "list changed keys", func(ctx context.Context, c *pgx.Conn) error {
+		rows, err := c.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		refs, err = pgx.CollectRows(rows, pgx.RowToStructByPos[policy.Ref])
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return refs, nil
+}
+
+// countLimit is up to where Counts counts exactly; beyond, an estimate is as good and costs nothing.
+const countLimit = 10_000
+
+// Counts is how much is stored.
+type Counts struct {
+	Rows    int64         // rows of entries of any kind: exact up to 10,000, the planner's estimate beyond
+	Bytes   int64         // entries on disk with its indexes and long values
+	Journal int64         // journal rows, counted up to 10,000
+	Oldest  time.Duration // age of the oldest journal row; 0 without one
+}
+
+const countsSQL = `
+SELECT CASE WHEN n.exact <= $1::bigint THEN n.exact
+            ELSE greatest(n.exact, (SELECT c.reltuples FROM pg_catalog.pg_class c
+                                    WHERE c.oid = 'cacheproxy.entries'::regclass)::bigint) END,
+       pg_total_relation_size('cacheproxy.entries'),
+       (SELECT count(*) FROM (SELECT 1 FROM cacheproxy.journal LIMIT $1::bigint) j),
+       coalesce((SELECT greatest((extract(epoch FROM clock_timestamp() - created_at) * 1000000)::bigint, 0)
+                 FROM cacheproxy.journal ORDER BY id LIMIT 1), 0)
+FROM (SELECT count(*) AS exact FROM (SELECT 1 FROM cacheproxy.entries LIMIT $1::bigint + 1) e) n`
+
+// Counts is for people to look at: cheap, and exact only where it is small.
+func (s *Store) Counts(ctx context.Context) (Counts, error) {
+	var n Counts
+	err := s.do(ctx, s.house, "count", func(ctx context.Context, c *pgx.Conn) error {
+		var micros int64
+		err := c.QueryRow(ctx, countsSQL, countLimit).Scan(&n.Rows, &n.Bytes, &n.Journal, &micros)
+		n.Oldest = time.Duration(micros) * time.Microsecond
+		return err
+	})
+	return n, err
+}

@@ -1,0 +1,127 @@
+package fallback
+
+import (
+	"bytes"
+	"context"
+
+	"github.com/jackc/pgx/v5"
+
+	"cacheproxy/policy"
+)
+
+// loadSQL reads the rows that $1 names and that are of no dead generation. A row that has expired is answered
+// as the tombstone that the sweep will make of it, and its value stays where it is. One reading of the server's
+// clock decides that and counts the remaining time, so that a value is never returned with none left. Expiry is
+// kept in whole milliseconds; the clock is cut to them as Redis does it.
+//
+// An expired row is not the same as none:
+//  1. A key is stored in both stores without a TTL.
+//  2. EXPIRE reaches both, and its time passes.
+//  3. Redis fails over to a memory older than the EXPIRE: there the key is back, with no TTL.
+//  4. With "no row", Redis would be taken for the only holder, and the key would live for ever.
+//
+// A row is dead if the fence of the store, of the route that asks ($2) or of the route that wrote it stands
+// above its generation. The last matters when a key moves to another route: what was fenced stays dead, and
+// the sweep, which knows only the row, agrees with the reader.
+//
+// Without $3 a value is empty, and stays where it is.
+const loadSQL = `
+WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
+SELECT e.key,
+       CASE WHEN e.expires_at <= clock.now OR e.raw IS NULL AND e.value IS NULL THEN NULL
+            WHEN $3::bool THEN coalesce(e.raw, convert_to(e.value::text, 'UTF8'))
+            ELSE '' END,
+       coalesce((extract(epoch FROM e.expires_at) * 1000)::bigint, -1),
+       coalesce((extract(epoch FROM e.expires_at) * 1000)::bigint
+                - floor(extract(epoch FROM clock.now) * 1000)::bigint, -1)
+FROM clock, cacheproxy.entries e
+WHERE e.key = ANY ($1::text[])
+  AND e.generation >= (SELECT coalesce(max(g.generation), 0)
+                       FROM cacheproxy.generations g
+                       WHERE g.scope IN ('', $2::text, e.route))`
+
+// Load answers what the store knows of refs, in their order. A row that has expired reads Tombstone until the
+// sweep removes it, a row of a dead generation Absent. It asks one statement per distinct route of refs, all in
+// one round trip, and repeats that once when a pooled connection turns out to be dead. The values belong to the
+// caller.
+func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if len(refs) == 0 {
+		return nil, nil
+	}
+	var rows []policy.Row
+	err := s.do(ctx, s.reads, "load", func(ctx context.Context, c *pgx.Conn) error {
+		var b pgx.Batch
+		l := queueLoad(&b, refs, true)
+		br := c.SendBatch(ctx, &b)
+		var err error
+		rows, err = l.read(br)
+		if cerr := br.Close(); err == nil {
+			err = cerr
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return rows, nil
+}
+
+// load is the reading part of a batch: queued first, read in the same place of the answers.
+type load struct {
+	refs   []policy.Ref
+	routes []string // distinct, in the order of the statements
+}
+
+// queueLoad adds one statement per distinct route of refs to b.
+func queueLoad(b *pgx.Batch, refs []policy.Ref, values bool) load {
+	l := load{refs: refs}
+	keys := make(map[string][]string, 1)
+	for _, ref := range refs {
+		if _, seen := keys[ref.Route]; !seen {
+			l.routes = append(l.routes, ref.Route)
+		}
+		keys[ref.Route] = append(keys[ref.Route], ref.Key)
+	}
+	for _, route := range l.routes {
+		b.Queue(loadSQL, keys[route], route, values)
+	}
+	return l
+}
+
+// read takes the answers to what queueLoad queued from br.
+func (l load) read(br pgx.BatchResults) ([]policy.Row, error) {
+	found := make(map[policy.Ref]policy.Row, len(l.refs))
+	for _, route := range l.routes {
+		rows, err := br.Query()
+		if err != nil {
+			return nil, err
+		}
+		var key string
+		var row policy.Row
+		_, err = pgx.ForEachRow(rows, []any{&key, &row.Value, &row.ExpiresAt, &row.TTL}, func() error {
+			row.State = policy.Live
+			if row.Value == nil { // an empty value is not nil: only deleted and expired keys have none
+				row = policy.Row{State: policy.Tombstone, TTL: -1, ExpiresAt: -1}
+			}
+			found[policy.Ref{Route: route, Key: key}] = row
+			row = policy.Row{} // the next row gets bytes of its own
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	out := make([]policy.Row, len(l.refs))
+	given := make(map[policy.Ref]bool, len(found))
+	for i, ref := range l.refs {
+		row, ok := found[ref]
+		if !ok {
+			row = policy.Row{State: policy.Absent, TTL: -1, ExpiresAt: -1}
+		} else if given[ref] { // named twice, as in MGET k k: each answer owns its bytes
+			row.Value = bytes.Clone(row.Value)
+		}
+		given[ref] = true
+		out[i] = row
+	}
+	return out, nil
+}
