@@ -1,0 +1,458 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cacheproxy/policy"
+
+	"go.uber.org/zap"
+)
+
+// Config says how the data path behaves; zero fields mean what their comment says.
+type Config struct {
+	Redis        RedisConfig
+	Routes       []policy.Route
+	Poll         time.Duration // how often both journals are looked at, at the least; 0: 500 ms
+	Probe        time.Duration // first pause between attempts to reach a store that is down; 0: 100 ms
+	ProbeMax     time.Duration // longest pause; 0: 1 s
+	StoreTimeout time.Duration // bounds one use of the store; 0: 2 s
+	MaxValue     int           // bytes of a value that is to have a copy in the store; 0: 32 MiB
+	Window       time.Duration // how far back a failover may lose writes; 0: 1 h
+	Instance     string        // names this sidecar in leases and marks; unique in the fleet
+	Log          *zap.Logger   // nil: none
+}
+
+func (c Config) withDefaults() Config {
+	set := func(d *time.Duration, v time.Duration) {
+		if *d <= 0 {
+			*d = v
+		}
+	}
+	set(&c.Poll, 500*time.Millisecond)
+	set(&c.Probe, 100*time.Millisecond)
+	set(&c.ProbeMax, time.Second)
+	set(&c.StoreTimeout, 2*time.Second)
+	set(&c.Window, time.Hour)
+	if c.MaxValue <= 0 {
+		c.MaxValue = 32 << 20
+	}
+	set(&c.Redis.Timeout, 250*time.Millisecond)
+	set(&c.Redis.DialTimeout, time.Second)
+	if c.Redis.Connections <= 0 {
+		c.Redis.Connections = min(max(1, runtime.GOMAXPROCS(0)/2), maxConnections)
+	}
+	if c.Log == nil {
+		c.Log = zap.NewNop()
+	}
+	return c
+}
+
+// maxConnections: more loops than three would each have too little to do to gather much, and Redis has one thread.
+const maxConnections = 3
+
+// engine is the data path behind the sessions: the relation to Redis and to the store, and the protocols of
+// DESIGN 8 between them. Sessions hand it work and get answers as events.
+type engine struct {
+	cfg     Config
+	id      string
+	log     *zap.Logger
+	up      *upstream
+	store   *storeGuard // its Store is never nil; without one configured it is noStore
+	journal *journal
+	fill    *filler
+	write   *writer
+	generic *runner
+	stats   *counters
+	clocks  clocks
+	router  atomic.Pointer[policy.Router]
+	deny    atomic.Pointer[policy.Deny] // nil denies nothing
+	learned learned
+	wg      sync.WaitGroup
+}
+
+var errOvertaken = errors.New("overtaken by another writer")
+
+func newEngine(cfg Config, store Store) (*engine, error) {
+	cfg = cfg.withDefaults()
+	d, err := newDialer(cfg.Redis.URL, cfg.Redis.DialTimeout, cfg.Redis.TLS)
+	if err != nil {
+		return nil, err
+	}
+	e := &engine{cfg: cfg, id: cfg.Instance, log: cfg.Log, stats: newCounters()}
+	e.up = newUpstream(d, cfg.Redis.Timeout, cfg.Probe, cfg.ProbeMax, cfg.Redis.Connections, cfg.Log)
+	e.up.recover = e.recover
+	e.up.trustedAgain = func() { e.journal.kick() }
+	e.store = newStoreGuard(store, &e.clocks.store, cfg.Log)
+	e.journal = newJournal(e)
+	e.fill = newFiller(e)
+	e.write = newWriter(e)
+	e.generic = newRunner(e)
+	router, err := policy.NewRouter(cfg.Routes)
+	if err != nil {
+		return nil, err
+	}
+	e.router.Store(router)
+	return e, nil
+}
+
+// run does the engine's background work until ctx ends, and returns when all of it has stopped.
+func (e *engine) run(ctx context.Context) {
+	start := func(f func(context.Context)) {
+		e.wg.Add(1)
+		go func() {
+			defer e.wg.Done()
+			f(ctx)
+		}()
+	}
+	start(e.up.run)
+	start(e.up.expireLoop)
+	start(e.up.spareLoop)
+	start(e.fill.run)
+	start(e.write.run)
+	if e.usesStore() {
+		start(e.journal.run)
+	}
+	e.wg.Wait()
+	e.generic.close()
+	e.up.closeLanes()
+}
+
+// usesStore: a store is configured.
+func (e *engine) usesStore() bool { _, none := e.store.Store.(noStore); return !none }
+
+// ref names a key found in a journal.
+func (e *engine) ref(key string) policy.Ref {
+	if r := e.router.Load().Match([]byte(key)); r != nil {
+		return policy.Ref{Route: r.Name, Key: key}
+	}
+	return policy.Ref{Key: key}
+}
+
+// keepsRows: in the key's phase the store holds the value of every write.
+func (e *engine) keepsRows(ref policy.Ref) bool {
+	r := e.router.Load().Match([]byte(ref.Key))
+	if r == nil {
+		return false
+	}
+	return r.Phase.Rules().Write.KeepsRow()
+}
+
+// mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, so a
+// missing row says nothing.
+func (e *engine) mayBeInRedis(r *policy.Route) bool {
+	redisOnly := func(p policy.Phase) bool { return !p.Rules().Write.KeepsRow() }
+	if redisOnly(r.Phase) {
+		return true
+	}
+	e.journal.mu.Lock()
+	words := e.journal.phases[r.Name]
+	e.journal.mu.Unlock()
+	for _, w := range words {
+		if p, err := policy.ParsePhase(w); err == nil && redisOnly(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// unknown is the answer to a read that missed Redis while the store could not be asked.
+func (e *engine) unknown(r *policy.Route, err error) answer {
+	switch {
+	case e.store.Overloaded(err):
+		e.stats.shed.Add(1)
+		return answer{fail: unavailable(r, "too many reads wait for the store")}
+	case r.OnUnknown == policy.UnknownError:
+		return answer{fail: unavailable(r, "postgres may hold the key and cannot be asked")}
+	}
+	return answer{ttl: -2}
+}
+
+// redisFailed draws the consequence of an error of Redis: a dead one opens the breaker.
+func (e *engine) redisFailed(err error) {
+	why := classifyError(err)
+	e.stats.redisError(why)
+	if why.dead() {
+		e.up.suspect(why)
+	}
+}
+
+// repairMarks repairs keys that a writer found marked, so that it need not wait for the next poll.
+func (e *engine) repairMarks(ctx context.Context, refs []policy.Ref) {
+	for len(refs) > 0 {
+		n := min(len(refs), maxRepair)
+		if _, err := e.journal.repairMarks(ctx, refs[:n]); err != nil {
+			time.Sleep(heldPoll) // the writer tries again, a bounded number of times
+			return
+		}
+		refs = refs[n:]
+	}
+}
+
+// recoveryMargin covers the time between the moment a row is stamped and the moment its write reaches Redis: no
+// transaction outlives it (idle ones are ended by the server after 5 s).
+const recoveryMargin = 15 * time.Second
+
+// recoveryTime bounds one recovery; what is not done by then is begun again at the next attempt.
+const recoveryTime = 60 * time.Second
+
+// recover makes Redis's copies right before they are trusted (DESIGN 8, "Restart and failover").
+func (e *engine) recover(ctx context.Context, l *link) error {
+	if !e.storeInUse() {
+		return nil
+	}
+	return e.verify(ctx, l)
+}
+
+// verify compares Redis's copies with what the store and the journals say.
+func (e *engine) verify(ctx context.Context, l *link) error {
+	ctx, cancel := context.WithTimeout(ctx, recoveryTime)
+	defer cancel()
+	pgErr := e.journal.pollStore(ctx, true)
+	clock, set, err := e.readClock(ctx)
+	if err != nil {
+		return err
+	}
+	if set != dataSet(l) {
+		if pgErr != nil {
+			if empty, err := e.emptyRedis(ctx); err != nil || !empty {
+				return &outageError{why: outOther, reply: "UNVERIFIED redis was restarted or replaced, and postgres cannot tell what its data lacks"}
+			}
+		} else if err := e.repairWindow(ctx, clock); err != nil {
+			return err
+		}
+	}
+	// The journals: what they name is known before Redis is trusted, and its keys are kept from the side that is stale until they are
+	// repaired. Without Postgres its entries cannot be read; those known from before still count.
+	var stamp time.Time
+	if pgErr == nil {
+		e.journal.mu.Lock()
+		stamp = e.journal.clock
+		e.journal.mu.Unlock()
+	}
+	e.up.mu.Lock()
+	e.up.runID, e.up.replID = l.runID, l.replID
+	e.up.mu.Unlock()
+	// Its data is verified by now, so the clock may name it: an attempt that fails from here on need not begin with the window again.
+	return e.journal.pollRedis(ctx, stamp, dataSet(l), set != dataSet(l))
+}
+
+// readClock returns Postgres's time as a sidecar last wrote it into Redis, and the data set it wrote it into.
+func (e *engine) readClock(ctx context.Context) (time.Time, string, error) {
+	frame, err := e.up.do(ctx, "GET", clockName)
+	if err != nil {
+		return time.Time{}, "", err
+	}
+	text, _ := bulk(frame)
+	ms, set, _ := strings.Cut(string(text), " ")
+	n, err := strconv.ParseInt(ms, 10, 64)
+	if err != nil {
+		return time.Time{}, "", nil // no clock: nobody knows how old the data is
+	}
+	return time.UnixMilli(n), set, nil
+}
+
+func (e *engine) emptyRedis(ctx context.Context) (bool, error) {
+	frame, err := e.up.do(ctx, "DBSIZE")
+	n, _ := parseInt(frame)
+	return n == 0, err
+}
+
+// repairWindow deletes in Redis every key that the store has changed since the clock: Redis may have lost
+// those writes. Without a clock, or with one older than the window for which deletes are remembered, every key
+// that has a row goes.
+func (e *engine) repairWindow(ctx context.Context, clock time.Time) error {
+	if empty, err := e.emptyRedis(ctx); err != nil || empty {
+		return err
+	}
+	var since time.Time
+	e.journal.mu.Lock()
+	now := e.journal.clock
+	e.journal.mu.Unlock()
+	if !clock.IsZero() && now.Sub(clock) < e.cfg.Window {
+		since = clock.Add(-recoveryMargin)
+	}
+	n := 0
+	for after := ""; ; {
+		refs, err := e.store.ChangedSince(ctx, since, after, maxRepair)
+		if e.store.note("window", err) != nil {
+			return err
+		}
+		if len(refs) == 0 {
+			break
+		}
+		after = refs[len(refs)-1].Key
+		if err := e.repairPage(ctx, refs); err != nil {
+			return err
+		}
+		n += len(refs)
+	}
+	e.journal.mu.Lock()
+	e.journal.repairs["restart"] += int64(n)
+	e.journal.mu.Unlock()
+	e.log.Info("redis was restarted or replaced; its copies of changed keys were dropped", zap.Int("keys", n), zap.Bool("clock", !since.IsZero()))
+	return nil
+}
+
+func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) error {
+	tx, err := e.store.lock(ctx, refs)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback()
+	var keys []string
+	for i, row := range tx.Rows() {
+		if row.State != policy.Absent { // an expired row is a tombstone: the value it replaced is gone too
+			keys = append(keys, refs[i].Key)
+		}
+	}
+	if len(keys) == 0 {
+		return nil
+	}
+	rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "1")
+	if err != nil {
+		return err
+	}
+	for _, r := range rs {
+		if r.code == keyRefused {
+			e.lift(ctx, tx, rs)
+			return errOvertaken // the next attempt does this page again
+		}
+	}
+	return nil
+}
+
+// noStore stands where no store is configured: every route is in phase3, or there are none.
+type noStore struct{}
+
+func (noStore) Load(context.Context, []policy.Ref) ([]policy.Row, error) { return nil, errStoreDown }
+func (noStore) Begin(context.Context, []policy.Ref) (Tx, error)          { return nil, errStoreDown }
+func (noStore) Lock(context.Context, []policy.Ref) (Tx, error)           { return nil, errStoreDown }
+func (noStore) Poll(context.Context, int64) (StorePoll, error)           { return StorePoll{}, errStoreDown }
+func (noStore) Register(context.Context, string, string) error           { return nil }
+func (noStore) Forget(context.Context, string, string) error             { return nil }
+func (noStore) ChangedSince(context.Context, time.Time, string, int) ([]policy.Ref, error) {
+	return nil, errStoreDown
+}
+func (noStore) Fence(ctx context.Context, _ string, during func(context.Context) error) error {
+	return during(ctx)
+}
+func (noStore) Lift(context.Context, int64) error { return errStoreDown }
+func (noStore) Unavailable(err error) bool        { return errors.Is(err, errStoreDown) }
+func (noStore) Uncertain(error) bool              { return false }
+func (noStore) BadData(error) bool                { return false }
+func (noStore) Overloaded(error) bool             { return false }
+
+// storeInUse: some route's phase has a store.
+func (e *engine) storeInUse() bool { return usesStore(e.router.Load()) }
+
+// flushTime bounds FLUSHALL and its kin: the store is locked meanwhile.
+const flushTime = 8 * time.Second
+
+// flush runs a FLUSHALL, FLUSHDB or SWAPDB while the store is fenced: nobody writes between the two.
+func (e *engine) flush(raw []byte) []byte {
+	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+	defer cancel()
+	var reply []byte
+	sentIt := false
+	err := e.store.Fence(ctx, "", func(ctx context.Context) error {
+		// A fresh connection: one that lay idle may be dead, and nobody could tell whether the flush had run.
+		l, err := e.up.dialer.dial(ctx, 2, "cacheproxy-flush")
+		if err != nil {
+			e.redisFailed(err)
+			return err
+		}
+		conn := newRunConn(l)
+		sentIt = true
+		fs, err := conn.ask(raw, 1, flushTime)
+		if err != nil {
+			e.up.abandon(conn.link)
+			conn.Close() //nolint:errcheck // given up
+			e.redisFailed(err)
+			return nil // it may run yet: the rows must be dead then
+		}
+		conn.Close() //nolint:errcheck // it has answered
+		reply = fs[0]
+		return errorOf(reply)
+	})
+	switch {
+	case reply != nil && (err == nil || isError(reply)):
+		if err == nil {
+			e.stats.fences.Add(1)
+			e.journal.flushed()
+		}
+		return reply
+	case sentIt:
+		e.stats.uncertain.Add(1)
+		return uncertain(nil, "the flush was not confirmed").reply(nil)
+	case e.store.gone(err):
+		return unavailable(nil, "postgres cannot be reached, and its rows would survive the flush").reply(nil)
+	}
+	return unavailable(nil, "redis cannot be reached").reply(nil)
+}
+
+// flushed: Redis's journal is empty by command.
+func (j *journal) flushed() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	clear(j.marks)
+	clear(j.mine)
+	j.seen = nil
+	j.publish()
+	j.kick()
+}
+
+// peek reads a key that no store knows.
+func (e *engine) peek(key string, r *policy.Route) answer {
+	rs, err := e.up.script(context.Background(), scriptRead, []string{key}, "0")
+	if err != nil {
+		return answer{fail: unavailable(r, "redis cannot be reached")}
+	}
+	if rs[0].code == keyDone {
+		return answer{ttl: -2}
+	}
+	return e.redisAnswer(rs[0])
+}
+
+// countable is how many keys are counted in one step, which keeps Redis busy for some three milliseconds. More would be felt by
+// others; fewer would make DBSIZE inexact where somebody may look at it closely.
+const countable = 10_000
+
+// dbSize is DBSIZE without the proxy's keys; n is Redis's. Many keys are counted while their number changes:
+//
+//	1 DBSIZE n    2 the clock is set, a lease is taken    3 SCAN finds one more of ours than n has
+func (e *engine) dbSize(n int64) int64 {
+	if n <= countable {
+		frame, err := e.up.eval(context.Background(), scriptSize, func(dst []string) []string { return append(dst, "0") })
+		if exact, ok := parseInt(frame); err == nil && ok {
+			return exact
+		}
+	}
+	return max(0, n-e.ownKeys())
+}
+
+// ownKeys counts the proxy's keys in Redis, to hide them from DBSIZE.
+func (e *engine) ownKeys() (n int64) {
+	for cursor := "0"; ; {
+		frame, err := e.up.do(context.Background(), "SCAN", cursor, "MATCH", reserved+"*", "COUNT", "10000")
+		if err != nil {
+			return n
+		}
+		cols, _ := elements(frame, nil)
+		if len(cols) != 2 {
+			return n
+		}
+		names, _ := elements(cols[1], nil)
+		n += int64(len(names))
+		next, _ := bulk(cols[0])
+		if cursor = string(next); cursor == "0" {
+			return n
+		}
+	}
+}

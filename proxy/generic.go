@@ -1,0 +1,954 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cacheproxy/policy"
+)
+
+// runner runs commands that only Redis can evaluate on routed keys: load, run, mirror (DESIGN 8). Each has a
+// connection of its own while it runs, for it needs WATCH and MULTI.
+type runner struct {
+	e       *engine
+	slots   chan struct{} // one per command in flight
+	waiting atomic.Int64  // commands not done
+	mu      sync.Mutex
+	idle    [2][]*runConn // guarded by mu: by protocol version
+	shut    bool          // guarded by mu
+	wg      sync.WaitGroup
+}
+
+// runConn is a connection for the steps of one command: read and watch, then run.
+type runConn struct {
+	*link
+	rd    *bufio.Reader
+	idled bool // it lay idle before: Redis may have closed it (its timeout, a restart)
+}
+
+const (
+	// maxRunners bounds the connections to Redis that load-run-mirror may hold.
+	maxRunners = 32
+	// maxIdleRunners stay open for the next command.
+	maxIdleRunners = 4
+	// maxRunQueue bounds the commands that wait for a connection.
+	maxRunQueue = 4096
+)
+
+func newRunner(e *engine) *runner { return &runner{e: e, slots: make(chan struct{}, maxRunners)} }
+
+// runOp is one command, or one transaction, to load, run and mirror.
+type runOp struct {
+	raw    []byte // the command; owned by the caller until done is called
+	keys   []policy.Ref
+	routes []*policy.Route // of keys
+	writes []bool          // keys that it may change
+	proto  int
+	done   func(reply []byte)
+
+	// Of a transaction. raw is EXEC; its commands are queued on pin. watched are rows as they were at WATCH, of keys that have no
+	// copy in Redis.
+	pin     *pin
+	watched map[string]policy.Row
+	flush   bool // it empties the database: the stores are fenced
+}
+
+// add names a key, once.
+func (op *runOp) add(ref policy.Ref, route *policy.Route, write bool) {
+	for i := range op.keys {
+		if op.keys[i].Key == ref.Key {
+			op.writes[i] = op.writes[i] || write
+			return
+		}
+	}
+	op.keys = append(op.keys, ref)
+	op.routes = append(op.routes, route)
+	op.writes = append(op.writes, write)
+}
+
+// route is the one that refusals name: the first key's; nil if there is none.
+func (op *runOp) route() *policy.Route {
+	if len(op.routes) == 0 {
+		return nil
+	}
+	return op.routes[0]
+}
+
+// refuse answers with a clear no; a transaction is discarded.
+func (op *runOp) refuse(c *refusal) []byte {
+	op.discard()
+	return c.reply(nil)
+}
+
+func (op *runOp) discard() {
+	if op.pin != nil {
+		_ = op.pin.send(appendCommand(nil, "DISCARD"), pending{cb: &call{done: make(chan result, 1)}}) // a lane that is down has discarded it
+	}
+}
+
+// submit runs op in a goroutine of its own.
+func (r *runner) submit(op *runOp) {
+	r.wg.Add(1)
+	tooMany := r.waiting.Add(1) > maxRunQueue
+	go func() {
+		defer r.wg.Done()
+		defer r.waiting.Add(-1)
+		if tooMany {
+			r.e.stats.shed.Add(1)
+			op.done(op.refuse(unavailable(op.route(), "too many commands wait to run")))
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience*r.e.cfg.StoreTimeout)
+		defer cancel()
+		select {
+		case r.slots <- struct{}{}:
+		case <-ctx.Done():
+			r.e.stats.shed.Add(1)
+			op.done(op.refuse(unavailable(op.route(), "too many commands wait to run")))
+			return
+		}
+		defer func() { <-r.slots }()
+		for ctx.Err() == nil {
+			reply, err := r.run(ctx, op)
+			if errors.Is(err, errOvertaken) {
+				continue
+			}
+			op.done(reply)
+			return
+		}
+		op.done(op.refuse(unavailable(op.route(), "the key changes hands too often")))
+	}()
+}
+
+func (r *runner) close() {
+	r.wg.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.shut = true
+	for _, l := range r.idle {
+		for _, c := range l {
+			c.Close() //nolint:errcheck // idle
+		}
+	}
+}
+
+func (r *runner) take(ctx context.Context, proto int) (*runConn, error) {
+	r.mu.Lock()
+	if l := r.idle[proto-2]; len(l) > 0 {
+		c := l[len(l)-1]
+		r.idle[proto-2] = l[:len(l)-1]
+		r.mu.Unlock()
+		c.idled = true
+		return c, nil
+	}
+	r.mu.Unlock()
+	l, err := r.e.up.dialer.dial(ctx, proto, "cacheproxy-run")
+	if err != nil {
+		return nil, err
+	}
+	return newRunConn(l), nil
+}
+
+func newRunConn(l *link) *runConn { return &runConn{link: l, rd: bufio.NewReaderSize(l, 16<<10)} }
+
+func (r *runner) give(c *runConn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.shut || len(r.idle[c.proto()-2]) >= maxIdleRunners {
+		c.Close() //nolint:errcheck // not needed
+		return
+	}
+	r.idle[c.proto()-2] = append(r.idle[c.proto()-2], c)
+}
+
+func (c *runConn) proto() int {
+	if len(c.hello) > 0 && c.hello[0] == '%' {
+		return 3
+	}
+	return 2
+}
+
+// ask writes requests and reads n replies. The wait is bounded.
+func (c *runConn) ask(req []byte, n int, timeout time.Duration) ([][]byte, error) {
+	if err := c.SetDeadline(time.Now().Add(timeout)); err != nil {
+		return nil, err
+	}
+	if _, err := c.Write(req); err != nil {
+		return nil, &outageError{why: classifyError(err)}
+	}
+	out := make([][]byte, 0, n)
+	for len(out) < n {
+		var f framer
+		var b []byte
+		for {
+			part, err := c.rd.Peek(max(1, c.rd.Buffered()))
+			if err != nil {
+				return nil, &outageError{why: classifyError(err)}
+			}
+			have := len(b)
+			b = append(b, part...)
+			size, err := f.scan(b)
+			if err != nil {
+				return nil, err
+			}
+			if size == 0 {
+				c.rd.Discard(len(part)) //nolint:errcheck // it was peeked
+				continue
+			}
+			c.rd.Discard(size - have) //nolint:errcheck // it was peeked
+			out = append(out, b[:size])
+			break
+		}
+	}
+	return out, nil
+}
+
+// runTimeout bounds a command that runs in Redis under key locks; it is not a read that could be answered elsewhere,
+// and scripts may take a while, but the locks must not be held for long.
+func (r *runner) runTimeout() time.Duration { return max(r.e.cfg.StoreTimeout, r.e.cfg.Redis.Timeout) }
+
+// run is one attempt; errOvertaken: begin again.
+func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
+	e := r.e
+	if !e.up.returns() {
+		return op.refuse(unavailable(op.route(), "redis cannot be reached")), nil
+	}
+	st := &running{runOp: op, number: "0", first: make([]bool, len(op.keys)), token: "w" + e.id + strconv.FormatUint(e.fill.seq.Add(1), 36)}
+	if op.flush {
+		return r.runFlush(ctx, st)
+	}
+	tx, err := e.store.begin(ctx, op.keys)
+	switch {
+	case err == nil:
+		defer tx.Rollback()
+		st.tx, st.rows, st.number = tx, tx.Rows(), strconv.FormatInt(tx.Number(), 10)
+		for i, route := range op.routes {
+			st.first[i] = route.Phase.Rules().Write.KeepsRow()
+		}
+	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
+		return op.refuse(staleAndAlone(op.route())), nil
+	case e.store.gone(err) && op.withoutStore():
+		st.rows = make([]policy.Row, len(op.keys))
+	case e.store.Overloaded(err):
+		return op.refuse(unavailable(op.route(), "too many writes wait for the store")), nil
+	default:
+		return op.refuse(unavailable(op.route(), "postgres cannot be reached")), nil
+	}
+	if op.pin != nil {
+		return r.runQueued(ctx, st)
+	}
+	return r.runAlone(ctx, st)
+}
+
+// withoutStore: the command may run while Postgres is down.
+func (op *runOp) withoutStore() bool { return needsStore(op.routes) == nil }
+
+// running is one attempt at an op: under the key locks, unless Postgres is down.
+type running struct {
+	*runOp
+	tx     Tx     // nil: Postgres is down
+	number string // "0": the same
+	token  string
+	first  []bool       // keys whose truth is the store
+	rows   []policy.Row // as the locks found them
+	redis  []keyReply   // what Redis has of them
+
+	epoch   uint64
+	version string     // of the marks
+	after   []keyReply // what the command left of the keys of captured()
+}
+
+// captured are the keys whose result is committed in the store before it can be seen in Redis; overtaken are those whose truth
+// is Redis, and which are marked there. Keys that are only read are neither.
+func (st *running) captured() []int  { return st.written(true) }
+func (st *running) overtaken() []int { return st.written(false) }
+
+func (st *running) written(first bool) (idx []int) {
+	for i := range st.keys {
+		if st.writes[i] && st.first[i] == first {
+			idx = append(idx, i)
+		}
+	}
+	return idx
+}
+
+// pick returns the refs of some keys.
+func (st *running) pick(idx []int) []policy.Ref {
+	refs := make([]policy.Ref, len(idx))
+	for j, i := range idx {
+		refs[j] = st.keys[i]
+	}
+	return refs
+}
+
+// scriptArgs names keys to a script: each with its lease, behind the journal.
+func (st *running) scriptArgs(idx []int) []string {
+	args := []string{strconv.Itoa(1 + 2*len(idx)), journalName}
+	for _, i := range idx {
+		args = append(args, st.keys[i].Key, leaseName(st.keys[i].Key))
+	}
+	return args
+}
+
+func all(n int) []int {
+	idx := make([]int, n)
+	for i := range idx {
+		idx[i] = i
+	}
+	return idx
+}
+
+var errMarked = errors.New("marked")
+
+// refusalError carries a clear no out of a step.
+type refusalError struct{ clear *refusal }
+
+func (r *refusalError) Error() string { return r.clear.text }
+
+// judge decides, from what Redis has of the keys, whether the command may run now. adopt is what must go into the store first, because
+// Redis is its only holder.
+func (st *running) judge(e *engine) (adopt []policy.Change, err error) {
+	for i, k := range st.redis {
+		switch {
+		case st.first[i] && k.mark != "":
+			return nil, errMarked
+		case st.tx == nil && k.mark == "" && k.code == keyDone:
+			return nil, &refusalError{unavailable(st.routes[i], "the store may hold the key and cannot be asked")}
+		case st.first[i] && k.code == keyValue && st.rows[i].State == policy.Absent:
+			adopt = append(adopt, policy.Change{Ref: st.keys[i], Op: policy.Put, Value: k.value, Expiry: e.rowLife(k.at)})
+		}
+	}
+	return adopt, nil
+}
+
+// again does what must be done before the next attempt, and asks for it; or refuses.
+func (r *runner) again(ctx context.Context, st *running, adopt []policy.Change, err error) ([]byte, error) {
+	e := r.e
+	var no *refusalError
+	switch {
+	case errors.As(err, &no):
+		return st.refuse(no.clear), nil
+	case errors.Is(err, errMarked):
+		st.tx.Rollback() // the repair takes the same locks
+		e.repairMarks(ctx, st.keys)
+	case len(adopt) > 0:
+		if _, err := st.tx.Commit(ctx, adopt, nil, nil, false); err != nil {
+			e.store.note("commit", err) //nolint:errcheck // answered here
+			return st.refuse(unavailable(st.route(), "postgres refused the transaction")), nil
+		}
+	}
+	return nil, errOvertaken
+}
+
+// runAlone runs one command, on a connection of the runner's.
+func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
+	e := r.e
+	conn, err := r.take(ctx, st.proto)
+	if err != nil {
+		e.redisFailed(err)
+		return st.refuse(unavailable(st.route(), "redis cannot be reached")), nil
+	}
+	healthy := false
+	defer func() {
+		if healthy {
+			r.give(conn)
+			return
+		}
+		e.up.abandon(conn.link)
+		conn.Close() //nolint:errcheck // given up
+	}()
+	var adopt []policy.Change
+	err = r.prepare(ctx, conn, st)
+	if err == nil {
+		if adopt, err = st.judge(e); err != nil || len(adopt) > 0 {
+			if conn.unwatch(e.cfg.Redis.Timeout) != nil {
+				return nil, errOvertaken
+			}
+			healthy = true
+			return r.again(ctx, st, adopt, err)
+		}
+	}
+	if err != nil {
+		if errors.Is(err, errOvertaken) {
+			healthy = true
+			return nil, err
+		}
+		if conn.idled && sent(err) {
+			return nil, errOvertaken // nothing ran yet: another connection will do
+		}
+		e.redisFailed(err)
+		if words := ownWords(err); words != nil {
+			return words, nil
+		}
+		return st.refuse(unavailable(st.route(), "redis cannot be reached")), nil
+	}
+	reply, err := r.exec(conn, st)
+	var said *refusedByRedis
+	switch {
+	case errors.Is(err, errOvertaken):
+		healthy = true
+		return nil, err
+	case errors.As(err, &said):
+		healthy = true
+		return said.frame, nil
+	case err != nil:
+		e.redisFailed(err)
+		e.stats.uncertain.Add(1)
+		return st.refuse(uncertain(st.route(), "the connection to Redis broke")), nil
+	}
+	healthy = true
+	return r.mirror(ctx, st, reply), nil
+}
+
+// prepare draws the number in Redis, looks at the keys and watches their leases: whoever overtakes us from now on makes EXEC fail.
+func (r *runner) prepare(ctx context.Context, conn *runConn, st *running) error {
+	e := r.e
+	args := append([]string{"EVALSHA", scriptRead.sha}, st.scriptArgs(all(len(st.keys)))...)
+	watch, mget := []string{"WATCH"}, []string{"MGET"}
+	for _, k := range st.keys {
+		watch, mget = append(watch, leaseName(k.Key)), append(mget, leaseName(k.Key))
+	}
+	req := appendCommand(nil, append(args, st.number)...)
+	req = appendCommand(req, watch...)
+	req = appendCommand(req, mget...)
+	fs, err := conn.ask(req, 3, e.cfg.Redis.Timeout)
+	if err != nil {
+		return err
+	}
+	if bytes.HasPrefix(fs[0], []byte("-NOSCRIPT")) {
+		if _, err := conn.ask(appendCommand(nil, "SCRIPT", "LOAD", scriptRead.body), 1, e.cfg.Redis.Timeout); err != nil {
+			return err
+		}
+		return r.restart(conn)
+	}
+	for _, f := range fs {
+		if err := errorOf(f); err != nil {
+			return err
+		}
+	}
+	if st.redis, err = keyReplies(fs[0], len(st.keys)); err != nil {
+		return err
+	}
+	leases, _ := elements(fs[2], nil)
+	if len(leases) != len(st.keys) {
+		return &outageError{why: outOther, reply: "MGET answered out of shape"}
+	}
+	for i, k := range st.redis {
+		if k.code == keyRefused {
+			err := r.restart(conn)
+			e.lift(ctx, st.tx, st.redis)
+			return err
+		}
+		if st.tx != nil {
+			l, _ := bulk(leases[i])
+			if have, _, _ := bytes.Cut(l, []byte(":")); string(have) != st.number {
+				return r.restart(conn)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *runConn) unwatch(timeout time.Duration) error {
+	_, err := c.ask(appendCommand(nil, "UNWATCH"), 1, timeout)
+	return err
+}
+
+func (r *runner) restart(conn *runConn) error {
+	if err := conn.unwatch(r.e.cfg.Redis.Timeout); err != nil {
+		return err
+	}
+	return errOvertaken
+}
+
+// exec loads, runs and captures in one MULTI.
+func (r *runner) exec(conn *runConn, st *running) (reply []byte, err error) {
+	req := appendCommand(nil, "MULTI")
+	n := 1
+	add := func(args ...string) {
+		req = appendCommand(req, args...)
+		n++
+	}
+	for i, k := range st.keys {
+		row, red := st.rows[i], st.redis[i]
+		// An unmarked row is the truth, also where Redis has a copy: that may be stale.
+		load := row.State == policy.Live && red.code != keyOther && red.mark == ""
+		switch {
+		case load && row.TTL >= 0:
+			add("SET", k.Key, string(row.Value), "PXAT", strconv.FormatInt(r.e.clocks.toRedis(row.ExpiresAt), 10))
+		case load:
+			add("SET", k.Key, string(row.Value))
+		case row.State == policy.Tombstone && red.code == keyValue && red.mark == "":
+			add("UNLINK", k.Key)
+		}
+	}
+	at := n - 1
+	req = append(req, st.raw...)
+	n++
+	tails := r.tails(st)
+	for _, t := range tails {
+		add(t...)
+	}
+	add("EXEC")
+	st.epoch = r.e.up.epoch.Load()
+	fs, err := conn.ask(req, n, r.runTimeout())
+	if err != nil {
+		r.unmark(st)
+		return nil, err
+	}
+	exec := fs[n-1]
+	if isNull(exec) { // a watched lease changed: somebody overtook us
+		r.unmark(st)
+		return nil, errOvertaken
+	}
+	if isError(exec) {
+		r.unmark(st)
+		if q := fs[at+1]; isError(q) { // the command was refused when it was queued: the client gets Redis's words
+			exec = q
+		}
+		return nil, &refusedByRedis{bytes.Clone(exec)}
+	}
+	results, ok := elements(exec, nil)
+	if !ok || len(results) != n-2 {
+		r.unmark(st)
+		return nil, &outageError{why: outOther, reply: "EXEC answered out of shape"}
+	}
+	return bytes.Clone(results[at]), r.took(st, results[at+1:])
+}
+
+// tails are the scripts that run behind the command, in the same transaction. By their text and not their digest: a client's SCRIPT
+// FLUSH at the wrong moment would leave a command that ran and was not captured. The marks of this process count from now on.
+func (r *runner) tails(st *running) (tails [][]string) {
+	st.version = r.e.journal.version()
+	if idx := st.captured(); len(idx) > 0 {
+		t := append([]string{"EVAL", scriptCapture.body}, st.scriptArgs(idx)...)
+		tails = append(tails, append(t, st.number, st.token, leaseMS, st.version))
+	}
+	if idx := st.overtaken(); len(idx) > 0 {
+		t := append([]string{"EVAL", scriptOvertake.body}, st.scriptArgs(idx)...)
+		tails = append(tails, append(t, st.number, st.version, leaseMS))
+		r.e.journal.keepMarks(st.pick(idx), st.version)
+	}
+	return tails
+}
+
+// unmark: nothing ran, or if it did all the same, its mark stands in Redis, and the polls find it there.
+func (r *runner) unmark(st *running) { r.e.journal.forgetMarks(st.pick(st.overtaken()), st.version) }
+
+// took reads the results of the tails.
+func (r *runner) took(st *running, results [][]byte) (err error) {
+	idx := st.captured()
+	if len(idx) == 0 {
+		return nil
+	}
+	if err := errorOf(results[0]); err != nil {
+		return &captureError{err}
+	}
+	st.after, err = keyReplies(results[0], len(idx))
+	return err
+}
+
+// captureError: the command ran, and its result could not be taken out of Redis (which has no memory left, say).
+type captureError struct{ error }
+
+func (e *captureError) Unwrap() error { return e.error }
+
+// refusedByRedis: nothing ran; the frame is the client's.
+type refusedByRedis struct{ frame []byte }
+
+func (r *refusedByRedis) Error() string { return "refused by redis" }
+
+// runQueued runs the EXEC of a transaction that is queued on a client's own connection. Its commands stand there already, so the keys
+// are loaded before it: a client that watches one sees it change if the row was not what Redis had.
+func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
+	e := r.e
+	if st.tx != nil && st.changed(st.rows) {
+		st.discard()
+		return appendNullArray(nil, st.proto), nil
+	}
+	argv := []string{st.number}
+	for i, row := range st.rows {
+		first := "0"
+		if st.first[i] {
+			first = "1"
+		}
+		argv = append(argv, first, rowFlag(row), string(row.Value), strconv.FormatInt(e.clocks.toRedis(row.ExpiresAt), 10))
+	}
+	keys := make([]string, len(st.keys))
+	for i, k := range st.keys {
+		keys[i] = k.Key
+	}
+	var err error
+	if st.redis, err = e.up.script(ctx, scriptLoad, keys, argv...); err != nil {
+		e.redisFailed(err)
+		if words := ownWords(err); words != nil {
+			st.discard()
+			return words, nil
+		}
+		return st.refuse(unavailable(st.route(), "redis cannot be reached")), nil
+	}
+	for _, k := range st.redis {
+		if k.code == keyRefused {
+			e.lift(ctx, st.tx, st.redis)
+			return nil, errOvertaken
+		}
+	}
+	if adopt, err := st.judge(e); err != nil || len(adopt) > 0 {
+		return r.again(ctx, st, adopt, err)
+	}
+
+	var reqs [][]byte
+	for _, t := range r.tails(st) {
+		reqs = append(reqs, appendCommand(nil, t...))
+	}
+	st.epoch = e.up.epoch.Load()
+	fs, err := st.pin.ask(r.runTimeout(), append(reqs, st.raw)...)
+	if err != nil {
+		r.unmark(st)
+		e.up.abandonPin(st.pin)
+		st.pin.drop(err)
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "the connection to Redis broke").reply(nil), nil
+	}
+	reply, results := r.split(st, fs)
+	if results == nil {
+		return reply, nil
+	}
+	if err := r.took(st, results); err != nil {
+		r.dropCaptured(ctx, st)
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "redis refused the end of the transaction").reply(nil), nil
+	}
+	return r.mirror(ctx, st, reply), nil
+}
+
+// changed: a row that the client watches is not as it was. rows are those of keys.
+func (op *runOp) changed(rows []policy.Row) bool {
+	for i, k := range op.keys {
+		was, ok := op.watched[k.Key]
+		if row := rows[i]; ok && (row.State != was.State || !bytes.Equal(row.Value, was.Value) || row.ExpiresAt != was.ExpiresAt) {
+			return true
+		}
+	}
+	return false
+}
+
+// split takes the results of the tails off the reply to EXEC; nil if nothing ran.
+func (r *runner) split(st *running, fs [][]byte) (reply []byte, results [][]byte) {
+	tails := len(fs) - 1
+	exec := fs[tails]
+	if isNull(exec) || isError(exec) { // a watched key changed, or something was refused when it was queued
+		r.unmark(st)
+		for _, q := range fs[:tails] {
+			if string(errorCode(q)) == "NOPERM" {
+				return (&refusal{"DENIED", "a transaction on routed keys ends with scripts of the proxy's, which the client's user may not run"}).reply(nil), nil
+			}
+		}
+		return exec, nil
+	}
+	all, ok := elements(exec, nil)
+	if !ok || len(all) < tails {
+		r.unmark(st)
+		return uncertain(st.route(), "EXEC answered out of shape").reply(nil), nil
+	}
+	n := len(all) - tails
+	reply = appendArray(make([]byte, 0, len(exec)), n)
+	for _, f := range all[:n] {
+		reply = append(reply, f...)
+	}
+	return reply, append(make([][]byte, 0, tails), all[n:]...)
+}
+
+// runFlush runs a transaction that empties the database, while the stores are fenced: nobody else writes, and all rows are dead with
+// it. What it leaves of routed keys is marked in Redis and repaired before the reply, as after an outage of Postgres.
+func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
+	e := r.e
+	r.promoted(st)
+	var reply []byte
+	var ran, sentIt bool
+	err := e.store.Fence(ctx, "", func(ctx context.Context) error {
+		if len(st.watched) > 0 {
+			rows, err := e.store.load(ctx, st.keys)
+			if err != nil {
+				return err
+			}
+			if st.changed(rows) {
+				st.discard()
+				reply = appendNullArray(nil, st.proto)
+				return errOvertaken
+			}
+		}
+		var reqs [][]byte
+		for _, t := range r.tails(st) {
+			reqs = append(reqs, appendCommand(nil, t...))
+		}
+		sentIt = true
+		fs, err := st.pin.ask(flushTime, append(reqs, st.raw)...)
+		if err != nil {
+			e.up.abandonPin(st.pin)
+			st.pin.drop(err)
+			return nil // it may run yet: the rows must be dead then
+		}
+		var results [][]byte
+		if reply, results = r.split(st, fs); results == nil {
+			return errOvertaken // nothing ran, nothing is fenced
+		}
+		ran = true
+		return nil
+	})
+	idx := st.overtaken()
+	switch {
+	case ran && err == nil:
+		e.stats.fences.Add(1)
+		e.journal.flushed()
+		e.journal.keepMarks(st.pick(idx), st.version)
+		e.journal.leaveMarks(st.pick(idx), st.version)
+		e.repairMarks(ctx, st.pick(idx))
+		return reply, nil
+	case reply != nil && !ran:
+		return reply, nil
+	case sentIt:
+		r.unmark(st)
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "the flush was not confirmed").reply(nil), nil
+	}
+	return st.refuse(unavailable(st.route(), "postgres cannot be reached, and its rows would survive the flush")), nil
+}
+
+// promoted loads keys into Redis as a read does.
+func (r *runner) promoted(st *running) {
+	var wg sync.WaitGroup
+	for i, route := range st.routes {
+		if rules := route.Phase.Rules(); rules.ReadsRedis && rules.ReadsStore {
+			wg.Add(1)
+			r.e.fill.get(st.keys[i], route, false, func(answer) { wg.Done() })
+		}
+	}
+	wg.Wait()
+}
+
+// dropCaptured deletes what a command left in Redis and could not be captured: the rows are the truth.
+func (r *runner) dropCaptured(ctx context.Context, st *running) {
+	var keys []string
+	for _, i := range st.captured() {
+		keys = append(keys, st.keys[i].Key)
+	}
+	if _, err := r.e.up.script(ctx, scriptRepair, keys, st.number, "0", "1"); err != nil {
+		r.e.redisFailed(err) // trust is lost, or the lease is refused: the recovery, or the next writer, sees to it
+	}
+}
+
+// mirror ends a run: what it left of the keys whose truth is the store goes into the rows, and only then back into Redis; the rows
+// of the others go, and then their marks.
+func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
+	e := r.e
+	lost := st.overtaken()
+	if st.tx == nil {
+		e.journal.leaveMarks(st.pick(lost), st.version)
+		return reply
+	}
+	g := &group{at: map[string]int{}}
+	var changes []policy.Change
+	large := false
+	for j, i := range st.captured() {
+		k := st.after[j]
+		if k.code == keyRefused {
+			continue // the script has left the newer writer's truth standing
+		}
+		s := &keyState{ref: st.keys[i], route: st.routes[i], row: st.rows[i], redis: keyReply{code: keyDone}}
+		g.at[s.ref.Key] = len(g.states)
+		g.states = append(g.states, s)
+		switch k.code {
+		case keyValue:
+			s.now = e.replyValue(k)
+			ends := e.rowLife(k.at)
+			if s.row.State == policy.Live && bytes.Equal(s.row.Value, k.value) && (s.row.ExpiresAt < 0) == (k.at < 0) && (k.at < 0 || abs(s.row.ExpiresAt-ends.MS) < 1000) {
+				continue // it was only read: the row stays, and goes back into Redis
+			}
+			large = large || len(k.value) > e.cfg.MaxValue
+			changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Put, Value: k.value, Expiry: ends})
+			s.dirty = true
+		case keyOther:
+			s.now.Other, s.now.Exists = true, true
+			if s.row.State != policy.Absent {
+				changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Drop})
+			}
+		default:
+			if s.row.State == policy.Live {
+				changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Delete})
+				s.dirty = true
+			}
+		}
+	}
+	for _, i := range lost {
+		if st.rows[i].State != policy.Absent {
+			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
+		}
+	}
+	if len(changes) > 0 {
+		err := errTooLarge
+		if !large {
+			_, err = st.tx.Commit(ctx, changes, nil, nil, false)
+		}
+		if err != nil {
+			e.journal.leaveMarks(st.pick(lost), st.version)
+			return r.notCommitted(ctx, st, g, reply, err)
+		}
+	}
+	st.tx.Rollback()
+	r.strike(ctx, st, lost)
+	if len(g.states) > 0 && !e.write.fill(ctx, g, hold{st.number, st.token, st.epoch}) && !e.journalStale(ctx, g) || st.lockLost() {
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "the connection to Redis broke").reply(nil)
+	}
+	return reply
+}
+
+// notCommitted answers a run whose changes the store did not take, or may not have taken. What only Redis had to know stands there,
+// marked. What the store had to know first was taken out of Redis: it goes back as it was, or, if the fate of the COMMIT is unknown
+// or the phase lets Redis alone take it, as the command left it, marked (see writeOn).
+func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply []byte, err error) []byte {
+	e := r.e
+	if !errors.Is(err, errTooLarge) {
+		e.store.note("commit", err) //nolint:errcheck // answered here
+	}
+	h := hold{st.number, st.token, st.epoch}
+	on := e.store.Uncertain(err) || e.store.gone(err) && st.withoutStore()
+	for _, s := range g.states {
+		if s.now.Other && s.row.State != policy.Absent {
+			s.dirty, on = true, true // the string has become something else, which is in Redis already
+		}
+	}
+	if on {
+		e.write.writeOn(ctx, g, h)
+	} else {
+		e.write.putBack(ctx, g.states, h)
+	}
+	switch {
+	case len(g.states) > 0 && on && st.withoutStore() && g.allOn() && !st.lockLost():
+		return reply
+	case len(g.states) > 0 && on:
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "the connection to Postgres broke").reply(nil)
+	case len(g.states) == 0 && !e.namesStale(st.pick(st.overtaken())):
+		return reply
+	case e.store.Uncertain(err):
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "the connection to Postgres broke").reply(nil)
+	case st.pin != nil || len(st.overtaken()) > 0:
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
+	case errors.Is(err, errTooLarge):
+		return (&refusal{"DENIED", fmt.Sprintf("the value would be larger than postgres.max_value allows for keys of route %s", st.route().Name)}).reply(nil)
+	case e.store.BadData(err):
+		return unavailable(st.route(), "postgres refused the value").reply(nil)
+	}
+	return unavailable(st.route(), "postgres refused the transaction").reply(nil)
+}
+
+var errTooLarge = errors.New("larger than postgres.max_value")
+
+// lockLost: somebody else took the lock of a captured key while the command ran.
+func (st *running) lockLost() bool {
+	return slices.ContainsFunc(st.after, func(k keyReply) bool { return k.code == keyRefused })
+}
+
+// strike ends the marks of keys whose rows are gone.
+func (r *runner) strike(ctx context.Context, st *running, idx []int) {
+	if len(idx) == 0 {
+		return
+	}
+	e := r.e
+	argv := []string{st.number}
+	keys := make([]string, len(idx))
+	for j, i := range idx {
+		keys[j] = st.keys[i].Key
+		argv = append(argv, st.version)
+	}
+	if _, err := e.up.script(ctx, scriptStrike, keys, argv...); err != nil {
+		e.redisFailed(err)
+		e.journal.leaveMarks(st.pick(idx), st.version)
+		return
+	}
+	e.journal.forgetMarks(st.pick(idx), st.version)
+}
+
+func abs(n int64) int64 { return max(n, -n) }
+
+var (
+	// scriptLoad brings rows into Redis before a transaction that is queued there already. A copy that is right stays untouched, or a
+	// client that watches it would see it change. ARGV: number, then per key "1" if its truth is the store, its row ("0" none, "1"
+	// live, "t" tombstone), value and when it ends (ms, -1 never). Answers what Redis has then: [1] nothing, [6] something, or [7] a value
+	// that the store lacks.
+	scriptLoad = newScript(`
+local n = tonumber(ARGV[1])
+local r = {}
+for i = 2, #KEYS, 2 do
+  local K, L = KEYS[i], KEYS[i+1]
+  local a = 2 + (i/2 - 1) * 4
+  local f = get(L)
+  if n > 0 and n < f then r[#r+1] = {9, '', f, ''}
+  else
+    if n > 0 then put(L, n, '', 0) end
+    local m = redis.call('HGET', J, K) or ''
+    local ty = kind(K)
+    local row, v, ttl = ARGV[a+1], ARGV[a+2], ARGV[a+3]
+    if m == '' and row == '1' and (ty == 'none' or ty == 'string') then
+      local left = ends(K)
+      if ty == 'none' or redis.call('GET', K) ~= v or (left < 0) ~= (ttl == '-1') or left >= 0 and math.abs(left - tonumber(ttl)) > 1000 then
+        set(K, v, ttl, '1')
+      end
+    elseif m == '' and row == 't' and ty == 'string' then redis.call('UNLINK', K) end
+    if m == '' and row == '0' and ty == 'string' and ARGV[a] == '1' then
+      r[#r+1] = {7, redis.call('GET', K), ends(K), m}
+    elseif kind(K) == 'none' then r[#r+1] = {1, '', -2, m}
+    else r[#r+1] = {6, ty, -1, m} end
+  end
+end
+return r`)
+	// scriptCapture: what a command left of the keys; strings leave Redis until they are committed. A key whose lock was lost while
+	// the command ran has a newer writer. If that one is still at work, its row is the truth and the copy goes; else what Redis
+	// holds is the newest there is, and is marked. ARGV: number, token, lease ms, version.
+	scriptCapture = newScript(`
+local n = tonumber(ARGV[1])
+local r, newer = {}, {}
+for i = 2, #KEYS, 2 do
+  local f, t = get(KEYS[i+1])
+  if n < f then newer[i] = {f, t} else put(KEYS[i+1], n, ARGV[2], tonumber(ARGV[3])) end
+end
+for i = 2, #KEYS, 2 do
+  local K = KEYS[i]
+  local ty = kind(K)
+  if newer[i] then
+    if redis.call('HEXISTS', J, K) == 0 then
+      if string.sub(newer[i][2], 1, 1) == 'w' then
+        if ty == 'string' then redis.call('UNLINK', K) end
+      elseif ty ~= 'none' then redis.call('HSET', J, K, ARGV[4]) end
+    end
+    r[#r+1] = {9, '', newer[i][1]}
+  elseif ty == 'string' then
+    r[#r+1] = {7, redis.call('GET', K), ends(K)}
+    redis.call('UNLINK', K)
+  elseif ty ~= 'none' then r[#r+1] = {6, ty, ends(K)}
+  else r[#r+1] = {1, '', -2} end
+end
+return r`)
+	// scriptOvertake: marks the keys of a command whose truth is Redis. ARGV: number, version, lease ms.
+	scriptOvertake = newScript(`
+local n = tonumber(ARGV[1])
+for i = 2, #KEYS, 2 do
+  local f = get(KEYS[i+1])
+  if n > f then f = n end
+  redis.call('HSET', J, KEYS[i], ARGV[2])
+  put(KEYS[i+1], f, 'o', tonumber(ARGV[3]))
+end
+return {}`)
+)

@@ -1,0 +1,123 @@
+package proxy
+
+import (
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	"cacheproxy/policy"
+)
+
+// idleLoop stands in for the loop: what is sent stays in the lane until the benchmark takes it.
+type idleLoop struct{}
+
+func (idleLoop) hasOutput(*lane)                            {}
+func (idleLoop) take(_ *lane, c net.Conn) (net.Conn, error) { return c, nil }
+func (idleLoop) use(*lane)                                  {}
+func (idleLoop) hold(*lane, bool)                           {}
+
+// A GET's way through session and lane, without sockets: from the command that the guard lets through to the reply that is for the client.
+func BenchmarkSession(b *testing.B) {
+	route := policy.Route{Name: "r", Match: "user:*", Phase: policy.Phase1}
+	for _, c := range []struct {
+		name   string
+		routes []policy.Route
+		depth  int
+	}{
+		{"plain/1", nil, 1},
+		{"plain/16", nil, 16},
+		{"routed/1", []policy.Route{route}, 1},
+		{"routed/16", []policy.Route{route}, 16},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			s, l := benchSession(b, c.routes)
+			raw := appendCommand(nil, "GET", "user:4711")
+			cmd := command{raw: raw, args: [][]byte{[]byte("GET"), []byte("user:4711")}}
+			reply := appendBulk(nil, strings.Repeat("v", 100))
+			var toRedis, toClient outbox // what the loop would write
+			b.ReportAllocs()
+			for b.Loop() {
+				for range c.depth {
+					s.feed(cmd)
+				}
+				l.mu.Lock()
+				l.out.swap(&toRedis)
+				l.taken = c.depth
+				l.mu.Unlock()
+				for range c.depth {
+					if !l.deliver(l.gen, reply, false) {
+						b.Fatal("nobody waits for the reply")
+					}
+				}
+				s.out.swap(&toClient)
+				if toRedis.bytes != c.depth*len(raw) || toClient.bytes != c.depth*len(reply) || !s.idle() {
+					b.Fatalf("sent %q, answered %q", toRedis.text(), toClient.text())
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*c.depth), "ns/command")
+		})
+	}
+}
+
+// benchSession is a session whose lane leads nowhere.
+func benchSession(b *testing.B, routes []policy.Route) (*session, *lane) {
+	b.Helper()
+	e, err := newEngine(Config{Redis: RedisConfig{URL: "redis://127.0.0.1:1"}, Routes: routes}, noStore{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	e.up.state.Store(int32(trusted))
+	d := &bench{}
+	d.cond = sync.NewCond(&d.mu)
+	s := newSession(d, e, 1, "", "bench", sessionLimits{})
+	s.loop = idleLoop{}
+	s.shared = e.up.lanesOn(idleLoop{})
+	l := s.shared.main[0]
+	ours, theirs := net.Pipe()
+	l.adopt(ours)
+	b.Cleanup(func() {
+		theirs.Close()
+		e.up.closeLanes()
+		e.wg.Wait()
+	})
+	return s, l
+}
+
+// What one read of a shared connection brings is framed and handed on.
+func BenchmarkIntake(b *testing.B) {
+	for _, c := range []struct {
+		name   string
+		in     string
+		frames int
+	}{
+		{"bulk100x16", strings.Repeat(string(appendBulk(nil, make([]byte, 100))), 16), 16},
+		{"ok x256", strings.Repeat("+OK\r\n", 256), 256},
+		{"bulk32k", string(appendBulk(nil, make([]byte, 32<<10))), 1},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			in := newIntake(newLane(nil, nil), 0)
+			frames := 0
+			in.each = func([]byte, bool) bool { frames++; return true }
+			in.part = func([]byte) bool { return false }
+			b.ReportAllocs()
+			b.SetBytes(int64(len(c.in)))
+			for b.Loop() {
+				frames = 0
+				for rest := strings.NewReader(c.in); rest.Len() > 0; {
+					n, err := rest.Read(in.room())
+					if err != nil && err != io.EOF {
+						b.Fatal(err)
+					}
+					if _, err := in.took(n); err != nil {
+						b.Fatal(err)
+					}
+				}
+				if frames != c.frames {
+					b.Fatalf("%d frames, want %d", frames, c.frames)
+				}
+			}
+		})
+	}
+}

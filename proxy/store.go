@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cacheproxy/policy"
+
+	"go.uber.org/zap"
+)
+
+// Store is the JSONB side as the data path needs it. Every method is bounded by its context and by the
+// store's own deadline; none keeps a slice that it is given.
+type Store interface {
+	// Load reads the keys, in the order of refs. A row that has expired is a Tombstone.
+	Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error)
+	// Begin opens a transaction that holds the key locks of refs, which are distinct.
+	Begin(ctx context.Context, refs []policy.Ref) (Tx, error)
+	// Lock is Begin for a caller that needs no values: those of its rows are empty.
+	Lock(ctx context.Context, refs []policy.Ref) (Tx, error)
+	// Poll reads what every sidecar must know: the clock, the phases in use, and a page of the journal: what lies behind the entry
+	// named.
+	Poll(ctx context.Context, after int64) (StorePoll, error)
+	// Register notes that a route is served in a phase, before it is.
+	Register(ctx context.Context, route, phase string) error
+	// Forget takes a registered phase back.
+	Forget(ctx context.Context, route, phase string) error
+	// ChangedSince pages through the keys of rows and tombstones changed at or after since (zero: all), after the key named.
+	ChangedSince(ctx context.Context, since time.Time, after string, limit int) ([]policy.Ref, error)
+	// Fence makes all rows of scope (a route, or "" for all) dead, while during runs; nobody else writes meanwhile.
+	Fence(ctx context.Context, scope string, during func(context.Context) error) error
+
+	// Lift makes the next numbers higher than above: Postgres may have forgotten some in a crash, and Redis refuses lower ones.
+	Lift(ctx context.Context, above int64) error
+
+	// Questions about errors of the above.
+	Unavailable(err error) bool // the store cannot be reached or cannot work
+	Uncertain(err error) bool   // a Commit may or may not have happened
+	BadData(err error) bool     // the store refused a value as JSON
+	Overloaded(err error) bool  // shed: too much is waiting
+}
+
+// Tx is a transaction that holds key locks.
+type Tx interface {
+	// Number is the rising fence number drawn under the locks.
+	Number() int64
+	// Rows are the rows as they were after the locks were taken, in the order of refs.
+	Rows() []policy.Row
+	// Commit applies the changes and commits, and with them a journal entry ("Redis is stale") for the keys in journal. known, if it
+	// is not nil, names for each an entry that has it (0: none): a key whose entry is not struck needs no other. intent is 0 if
+	// no entry was made.
+	Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (intent int64, err error)
+	// Strike removes entries as part of this transaction and returns those that were there. All their keys must be locked by it.
+	Strike(ctx context.Context, ids []int64) ([]Intent, error)
+	// Rollback gives the locks back; after Commit it does nothing.
+	Rollback()
+}
+
+// StorePoll is what Store.Poll answers.
+type StorePoll struct {
+	Now     time.Time // the store's clock
+	Intents []Intent  // oldest first
+	More    bool      // there are more than these
+	Phases  map[string][]string
+}
+
+// Intent is one journal entry: Redis's copies of these keys are stale.
+type Intent struct {
+	ID   int64
+	Refs []policy.Ref
+	Age  time.Duration
+}
+
+var errStoreDown = errors.New("postgres is down")
+
+// storeGuard is the breaker in front of the store. While it is open nobody waits: calls fail at once, and the
+// journal's poll is the probe that closes it again.
+type storeGuard struct {
+	Store
+	clock *offset
+	log   *zap.Logger
+	up    atomic.Bool
+	mu    sync.Mutex
+	why   string    // guarded by mu
+	since time.Time // guarded by mu
+	opens int64     // guarded by mu
+	wake  chan struct{}
+}
+
+func newStoreGuard(s Store, clock *offset, log *zap.Logger) *storeGuard {
+	return &storeGuard{Store: s, clock: clock, log: log, since: time.Now(), wake: make(chan struct{}, 1)}
+}
+
+// note opens the breaker if err says that the store cannot be had, and returns err.
+func (g *storeGuard) note(op string, err error) error {
+	if err == nil || !g.Unavailable(err) {
+		return err
+	}
+	g.mu.Lock()
+	was := g.why
+	g.why = op
+	if g.up.Swap(false) {
+		g.opens++
+		g.since = time.Now()
+		was = ""
+	}
+	g.mu.Unlock()
+	if was == "" {
+		g.log.Warn("postgres is not usable", zap.String("operation", op), zap.Error(err))
+	}
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+	return err
+}
+
+// ok closes the breaker.
+func (g *storeGuard) ok() {
+	if g.up.Load() {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.up.Swap(true) {
+		g.why, g.since = "", time.Now()
+		g.log.Info("postgres is usable")
+	}
+}
+
+// Poll is the store's, and a look at its clock.
+func (g *storeGuard) Poll(ctx context.Context, after int64) (StorePoll, error) {
+	asked := localNow()
+	p, err := g.Store.Poll(ctx, after)
+	if err == nil {
+		g.clock.saw(asked, localNow(), p.Now.UnixMicro())
+	}
+	return p, err
+}
+
+func (g *storeGuard) load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err // the caller's time is over, which says nothing about the store
+	}
+	if !g.up.Load() {
+		return nil, errStoreDown
+	}
+	rows, err := g.Load(ctx, refs)
+	return rows, g.note("read", err)
+}
+
+func (g *storeGuard) begin(ctx context.Context, refs []policy.Ref) (Tx, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if !g.up.Load() {
+		return nil, errStoreDown
+	}
+	tx, err := g.Begin(ctx, refs)
+	return tx, g.note("begin", err)
+}
+
+func (g *storeGuard) lock(ctx context.Context, refs []policy.Ref) (Tx, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if !g.up.Load() {
+		return nil, errStoreDown
+	}
+	tx, err := g.Lock(ctx, refs)
+	return tx, g.note("lock", err)
+}
+
+// gone tells whether err means that the store could not be had at all.
+func (g *storeGuard) gone(err error) bool {
+	return errors.Is(err, errStoreDown) || g.Unavailable(err)
+}
