@@ -1,0 +1,176 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"text/tabwriter"
+	"time"
+
+	"cacheproxy/proxy"
+
+	"github.com/spf13/cobra"
+)
+
+const (
+	// statsEvery is how often --watch asks; each time the proxy asks Redis for its INFO.
+	statsEvery = time.Second
+	// askBound is how long a process on this machine may take to answer HTTP.
+	askBound = 5 * time.Second
+	// answerMax bounds what is read of an answer; a thousand routes are some 300 KB.
+	answerMax = 16 << 20
+	// clearScreen moves a terminal's cursor home and clears what is below.
+	clearScreen = "\x1b[H\x1b[J"
+)
+
+func (c *cli) statsCommand() *cobra.Command {
+	var observe string
+	var raw, watch bool
+	cmd := &cobra.Command{
+		Use:   "stats",
+		Short: "Show what this sidecar counts",
+		Args:  usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			address, err := c.observeAddress(observe)
+			if err != nil {
+				return err
+			}
+			if watch {
+				return c.watchStats(cmd.Context(), address, raw)
+			}
+			text, err := statsText(cmd.Context(), address, raw)
+			if err != nil {
+				return err
+			}
+			_, err = io.WriteString(c.stdout, text)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&observe, "observe", "", "the proxy's observe address (default: that of the configuration)")
+	cmd.Flags().BoolVar(&raw, "json", false, "print the JSON of /cache/stats")
+	cmd.Flags().BoolVar(&watch, "watch", false, "print it again every second")
+	return cmd
+}
+
+// observeAddress is the address given, or that of the configuration.
+func (c *cli) observeAddress(given string) (string, error) {
+	if given != "" {
+		return given, nil
+	}
+	cfg, err := c.load(c.path())
+	if err != nil {
+		return "", err
+	}
+	return cfg.Observe.Address, nil
+}
+
+// watchStats prints until ctx ends. A proxy that is restarted meanwhile is waited for.
+func (c *cli) watchStats(ctx context.Context, address string, raw bool) error {
+	tick := time.NewTicker(statsEvery)
+	defer tick.Stop()
+	for {
+		text, err := statsText(ctx, address, raw)
+		if err != nil {
+			text = err.Error() + "\n"
+		}
+		if !raw {
+			text = clearScreen + text
+		}
+		if ctx.Err() == nil {
+			if _, err := io.WriteString(c.stdout, text); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+func statsText(ctx context.Context, address string, raw bool) (string, error) {
+	body, err := ask(ctx, address, "/cache/stats")
+	if err != nil {
+		return "", err
+	}
+	if raw {
+		return string(body), nil
+	}
+	var s proxy.Stats
+	if err := json.Unmarshal(body, &s); err != nil {
+		return "", errors.New("the answer to /cache/stats is not from a cacheproxy of this version")
+	}
+	return statsTable(s), nil
+}
+
+// ask gets a path of the observe address.
+func ask(ctx context.Context, address, path string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, askBound)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
+	if err != nil {
+		return nil, errors.New("the observe address is not host:port")
+	}
+	// Of its own: the default one would obey HTTP_PROXY and keep the connection.
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("no cacheproxy answers on %s: %s", address, reason(err))
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, answerMax))
+	if err != nil {
+		return nil, fmt.Errorf("read the answer of %s: %s", address, reason(err))
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answered %s with status %d", address, path, resp.StatusCode)
+	}
+	return body, nil
+}
+
+// statsTable is the statistics for people.
+func statsTable(s proxy.Stats) string {
+	var b bytes.Buffer
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	row := func(cells ...any) {
+		for i, cell := range cells {
+			if i > 0 {
+				fmt.Fprint(w, "\t")
+			}
+			fmt.Fprint(w, cell)
+		}
+		fmt.Fprintln(w)
+	}
+	percent := func(f float64) string { return fmt.Sprintf("%.1f %%", 100*f) }
+	state := func(status, why string) string {
+		if why != "" {
+			status += " (" + why + ")"
+		}
+		return status
+	}
+	row("phase", s.MigrationPhase)
+	row("redis", state(s.Redis.Status, s.Redis.Reason), fmt.Sprintf("%.1f MB", s.Redis.MemoryMB), "breaker opened", s.Redis.Opens)
+	row("postgres", state(s.Postgres.Status, s.Postgres.Reason), "", "breaker opened", s.Postgres.Opens)
+	row("journal", fmt.Sprintf("redis stale %d", s.Journal.RedisStale), fmt.Sprintf("store stale %d", s.Journal.StoreStale),
+		"oldest", (time.Duration(s.Journal.OldestSeconds) * time.Second).String())
+	row("clients", s.Proxy.Clients, fmt.Sprintf("commands %d", s.Proxy.Commands), "up", (time.Duration(s.Proxy.UptimeSeconds) * time.Second).String())
+	row("promotions", s.Proxy.Promotions, fmt.Sprintf("shed %d", s.Proxy.Shed), "uncertain", s.Proxy.Uncertain)
+	w.Flush() //nolint:errcheck // a buffer takes everything
+	b.WriteByte('\n')
+
+	row("ROUTE", "PHASE", "REDIS HITS", "JSONB HITS", "MISSES", "REDIS RATE", "OVERALL", "WRITES", "REFUSED")
+	line := func(name, phase string, p proxy.Performance, writes, refused any) {
+		row(name, phase, p.RedisHits, p.JSONBHits, p.CacheMisses, percent(p.RedisHitRate), percent(p.OverallHitRate), writes, refused)
+	}
+	for _, r := range s.Routes {
+		line(r.Name, r.Phase, r.Performance, r.Writes, r.Refused)
+	}
+	line("all", s.MigrationPhase, s.Performance, "", "")
+	w.Flush() //nolint:errcheck // as above
+	return b.String()
+}
