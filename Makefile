@@ -1,0 +1,80 @@
+# The commands of a developer. `make help` lists them; .ci/run is what a change must pass.
+
+GO           ?= go
+# How long `make fuzz` spends on each target.
+FUZZTIME     ?= 10s
+# What `make test` demands of the packages that hold the promises, in percent of statements.
+MIN_COVERAGE ?= 80
+# How long `make soak` lasts.
+SOAK         ?= 40s
+# The name under which `make bench` writes, and QUICK=1 for its short form.
+BENCH_NAME   ?= latest
+QUICK        ?=
+COVERED      := policy fallback proxy
+
+.DEFAULT_GOAL := help
+.PHONY: help run build test clients soak bench lint fuzz deps clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: deps build ## start a private Redis and Postgres and the proxy in front of them
+	@bin/cacheproxy dev
+
+build: ## build bin/cacheproxy, a static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/cacheproxy ./cmd/cacheproxy
+
+# Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
+# because a pipe in a POSIX shell answers with the code of its last command.
+test: ## run every test but the soak with the race detector; policy, fallback and proxy must be covered
+	@sh scripts/install-deps.sh test
+	@rm -f coverage.txt coverage.status
+	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v /test/soak) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
+	@test "$$(cat coverage.status)" = 0
+	@for name in $(COVERED); do \
+		awk -v name=$$name -v min=$(MIN_COVERAGE) ' \
+			$$0 ~ ("[ \t]cacheproxy/" name "[ \t].*coverage: ") { \
+				pkg = ($$1 == "ok") ? $$2 : $$1; \
+				pct = $$0; sub(/.*coverage: /, "", pct); sub(/%.*/, "", pct); \
+				found = 1; \
+				if (pct + 0 < min) { print "coverage of " pkg " is " pct " %, below " min " %"; bad = 1 } \
+			} \
+			END { if (!found) { print "no coverage of cacheproxy/" name; bad = 1 } exit bad }' coverage.txt || exit 1; \
+	done
+
+# A module of its own, so that the clients are no dependencies of the product. Programs wait more than they compute: eight at
+# a time.
+clients: ## run real Redis clients, of Go and other languages, through the built proxy
+	@sh scripts/install-deps.sh clients
+	cd test/clients && $(GO) test -count=1 -parallel=8 -timeout=5m .
+
+# Alone, for it wants all of the machine.
+soak: ## run 200 clients with random lives through the built proxy for SOAK, such as 1h
+	@sh scripts/install-deps.sh
+	SOAK=$(SOAK) $(GO) test -v -count=1 -timeout=0 ./test/soak
+
+# Alone, for it wants all of the machine. It builds its own program too, so that Ctrl-C reaches it without a `go run` between.
+bench: build ## measure the proxy beside Redis, HAProxy, twemproxy and Postgres; five minutes with QUICK=1
+	@sh scripts/install-deps.sh bench
+	$(GO) build -o bin/bench ./test/bench
+	bin/bench -name $(BENCH_NAME) $(if $(QUICK),-quick)
+
+lint: ## run golangci-lint in the version that tools/go.mod pins
+	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
+	cd test/clients && $(GO) tool -modfile=../../tools/go.mod golangci-lint run ./...
+
+fuzz: deps ## run every fuzz target for FUZZTIME
+	@pkgs=$$($(GO) list ./...) || exit 1; \
+	for pkg in $$pkgs; do \
+		targets=$$($(GO) test -list '^Fuzz' $$pkg) || exit 1; \
+		for target in $$(echo "$$targets" | grep '^Fuzz'); do \
+			echo "$$pkg $$target"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+deps: ## install the servers that this machine lacks
+	@sh scripts/install-deps.sh
+
+clean: ## remove what builds and tests left
+	rm -rf bin .tools .data dist coverage.txt coverage.status test/clients/*/node_modules
