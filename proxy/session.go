@@ -124,6 +124,7 @@ type slot struct {
 
 	epoch   uint64
 	then    func(frame []byte) // what to do with the lane's reply; nil: it is the answer
+	reads   bool               // in place of then, for the many that would each need one: readReply
 	local   func()             // answers if Redis cannot be asked; nil: nobody can
 	answers []answer
 	missing int
@@ -256,7 +257,7 @@ func (sl *slot) take(cmd command) {
 	sl.routed, sl.write, sl.wall, sl.loose, sl.done = false, false, false, false, false
 	sl.blocks, sl.clear, sl.mute, sl.caching, sl.on = false, false, false, 0, nil
 	sl.side, sl.again, sl.mayAll = false, false, false
-	sl.hit, sl.big, sl.apart, sl.stream, sl.size = false, false, false, false, 0
+	sl.reads, sl.hit, sl.big, sl.apart, sl.stream, sl.size = false, false, false, false, false, 0
 	sl.began = [3]bool{}
 	if cmd.owned {
 		sl.raw, sl.args = cmd.raw, cmd.args
@@ -712,6 +713,11 @@ func (sl *slot) reply(tag uint64, frame []byte) {
 		if sl.big && len(frame) < chunkSize {
 			s.e.up.big.forget(sl.hashes) // it was large once
 		}
+		if sl.reads {
+			sl.reads = false
+			s.readReply(sl, frame)
+			return
+		}
 		if then := sl.then; then != nil {
 			sl.then = nil
 			then(frame)
@@ -735,7 +741,7 @@ func (sl *slot) part(tag uint64, b []byte) (taken bool) {
 			if taken = sl.streams(); !taken {
 				return
 			}
-			sl.stream, sl.then = true, nil
+			sl.stream, sl.reads, sl.then = true, false, nil
 			if sl.hit {
 				s.count(sl, fromRedis)
 			}
@@ -747,7 +753,7 @@ func (sl *slot) part(tag uint64, b []byte) (taken bool) {
 
 // streams: a long reply to this command needs no look at its end. That it is long says that it is no error and no null.
 func (sl *slot) streams() bool {
-	return sl.then == nil || sl.hit && sl.epoch == sl.s.e.up.epoch.Load()
+	return sl.then == nil && !sl.reads || sl.hit && sl.epoch == sl.s.e.up.epoch.Load()
 }
 
 // streamed passes on a part of a reply.
@@ -887,7 +893,7 @@ func (s *session) lost(sl *slot, sent bool) {
 	if s.pin != nil && sl.on == s.pin.lane {
 		s.unpinned()
 	}
-	sl.then = nil
+	sl.then, sl.reads = nil, false
 	route := firstRoute(sl.routes)
 	if sl.local != nil {
 		sl.local()
@@ -945,7 +951,7 @@ func (s *session) read(sl *slot) {
 		s.fetch(sl, nil)
 		return
 	}
-	sl.then = func(frame []byte) { s.readReply(sl, frame) }
+	sl.reads = true
 	switch lowerFirst(sl.args[0]) {
 	case 'g', 's': // GET, GETRANGE, STRLEN, SUBSTR
 		sl.hit = true

@@ -32,37 +32,61 @@ func BenchmarkSession(b *testing.B) {
 		{"routed/16", []policy.Route{route}, 16},
 	} {
 		b.Run(c.name, func(b *testing.B) {
-			s, l := benchSession(b, c.routes)
-			raw := appendCommand(nil, "GET", "user:4711")
-			cmd := command{raw: raw, args: [][]byte{[]byte("GET"), []byte("user:4711")}}
-			reply := appendBulk(nil, strings.Repeat("v", 100))
-			var toRedis, toClient outbox // what the loop would write
+			turn := hitTurn(b, c.routes, c.depth)
 			b.ReportAllocs()
 			for b.Loop() {
-				for range c.depth {
-					s.feed(cmd)
-				}
-				l.mu.Lock()
-				l.out.swap(&toRedis)
-				l.taken = c.depth
-				l.mu.Unlock()
-				for range c.depth {
-					if !l.deliver(l.gen, reply, false) {
-						b.Fatal("nobody waits for the reply")
-					}
-				}
-				s.out.swap(&toClient)
-				if toRedis.bytes != c.depth*len(raw) || toClient.bytes != c.depth*len(reply) || !s.idle() {
-					b.Fatalf("sent %q, answered %q", toRedis.text(), toClient.text())
-				}
+				turn()
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*c.depth), "ns/command")
 		})
 	}
 }
 
+// What is allocated for a hit is garbage that a busy proxy makes a hundred thousand times a second.
+func TestHitAllocatesNothing(t *testing.T) {
+	for name, routes := range map[string][]policy.Route{
+		"plain":  nil,
+		"phase1": {{Name: "r", Match: "user:*", Phase: policy.Phase1}},
+		"phase2": {{Name: "r", Match: "user:*", Phase: policy.Phase2}},
+		"phase3": {{Name: "r", Match: "user:*", Phase: policy.Phase3}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if n := testing.AllocsPerRun(1000, hitTurn(t, routes, 16)); n > 0 {
+				t.Fatalf("16 GETs allocate %v times", n)
+			}
+		})
+	}
+}
+
+// hitTurn is a turn of the loop in which one client asks for depth values that Redis has.
+func hitTurn(b testing.TB, routes []policy.Route, depth int) func() {
+	s, l := benchSession(b, routes)
+	raw := appendCommand(nil, "GET", "user:4711")
+	cmd := command{raw: raw, args: [][]byte{[]byte("GET"), []byte("user:4711")}}
+	reply := appendBulk(nil, strings.Repeat("v", 100))
+	var toRedis, toClient outbox // what the loop would write
+	return func() {
+		for range depth {
+			s.feed(cmd)
+		}
+		l.mu.Lock()
+		l.out.swap(&toRedis)
+		l.taken = depth
+		l.mu.Unlock()
+		for range depth {
+			if !l.deliver(l.gen, reply, false) {
+				b.Fatal("nobody waits for the reply")
+			}
+		}
+		s.out.swap(&toClient)
+		if toRedis.bytes != depth*len(raw) || toClient.bytes != depth*len(reply) || !s.idle() {
+			b.Fatalf("sent %q, answered %q", toRedis.text(), toClient.text())
+		}
+	}
+}
+
 // benchSession is a session whose lane leads nowhere.
-func benchSession(b *testing.B, routes []policy.Route) (*session, *lane) {
+func benchSession(b testing.TB, routes []policy.Route) (*session, *lane) {
 	b.Helper()
 	e, err := newEngine(Config{Redis: RedisConfig{URL: "redis://127.0.0.1:1"}, Routes: routes}, noStore{})
 	if err != nil {

@@ -10,9 +10,9 @@ type counters struct {
 	promotions, refusedPromotions, lostLeases atomic.Int64
 	shed, uncertain, rawOnly, fences          atomic.Int64
 	commands, unrouted, denied                atomic.Int64
+	routes                                    sync.Map // route's name: *routeStat; asked for every command, and hardly ever added to
 	mu                                        sync.Mutex
-	redisErrors                               map[outage]int64      // guarded by mu
-	routes                                    map[string]*routeStat // guarded by mu
+	redisErrors                               map[outage]int64 // guarded by mu
 }
 
 // routeStat is one route's reads and writes.
@@ -21,7 +21,7 @@ type routeStat struct {
 }
 
 func newCounters() *counters {
-	return &counters{redisErrors: map[outage]int64{}, routes: map[string]*routeStat{}}
+	return &counters{redisErrors: map[outage]int64{}}
 }
 
 func (c *counters) redisError(why outage) {
@@ -32,14 +32,11 @@ func (c *counters) redisError(why outage) {
 
 // route returns the counters of a route; callers keep the pointer.
 func (c *counters) route(name string) *routeStat {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s := c.routes[name]
-	if s == nil {
-		s = &routeStat{}
-		c.routes[name] = s
+	s, ok := c.routes.Load(name)
+	if !ok {
+		s, _ = c.routes.LoadOrStore(name, &routeStat{})
 	}
-	return s
+	return s.(*routeStat)
 }
 
 func (s *routeStat) read(from source) {

@@ -140,13 +140,19 @@ type call struct {
 // prepare finds the command and does all that Redis does before it looks at a key.
 func (c *call) prepare() fault {
 	c.cmd = lookupArgs(c.args)
+	if bad := c.cmd.counted(len(c.args)); bad != "" || c.cmd.parse == nil {
+		return bad
+	}
+	return c.cmd.parse(c)
+}
+
+// counted is the fault of a command with n arguments that is none of the table, or whose number they are not.
+func (cmd *command) counted(n int) fault {
 	switch {
-	case c.cmd == nil:
+	case cmd == nil:
 		return faultUnknown
-	case !c.cmd.arityOK(len(c.args)):
-		return fault("ERR wrong number of arguments for '" + c.cmd.name + "' command")
-	case c.cmd.parse != nil:
-		return c.cmd.parse(c)
+	case !cmd.arityOK(n):
+		return fault("ERR wrong number of arguments for '" + cmd.name + "' command")
 	}
 	return ""
 }

@@ -114,6 +114,9 @@ func Unconditional(args [][]byte) bool {
 // numbers out of range), or nil if the command may go on. Some arguments Redis reads only after it has looked: GETEX's
 // expire time and INCRBYFLOAT's increment. Those are judged by Eval.
 func Check(args [][]byte, env Env) []byte {
+	if cmd := lookupArgs(args); cmd != nil && cmd.parse == nil && cmd.arityOK(len(args)) {
+		return nil // GET: without the call, which would be allocated
+	}
 	c := call{args: args, env: env}
 	if bad := c.prepare(); bad != "" {
 		return appendError(nil, bad)
