@@ -545,6 +545,9 @@ const (
 	ownIntakeRoom = 4 << 10
 )
 
+// keepIntake times what it began with a connection's buffer may stay, when what made it grow has gone.
+const keepIntake = 4
+
 func newIntake(l *lane, gen uint64) *intake {
 	room := intakeRoom
 	if l.intercept != nil {
@@ -606,7 +609,7 @@ func (in *intake) makeRoom() {
 	switch {
 	case in.start == in.end:
 		in.start, in.end = 0, 0
-		if len(in.buf) > 1<<20 {
+		if len(in.buf) > keepIntake*in.least { // there are dozens of connections, and each would keep what its largest reply took
 			in.buf = make([]byte, in.least)
 		}
 	case in.start > 0 && (in.streams || in.end == len(in.buf) && in.start >= len(in.buf)/2):

@@ -241,6 +241,24 @@ func TestLaneDeadlines(t *testing.T) {
 	}
 }
 
+// A connection does not keep the memory that its largest reply took.
+func TestIntakeShrinks(t *testing.T) {
+	in := newIntake(newLane(nil, nil), 0)
+	in.each, in.part = func([]byte, bool) bool { return true }, func([]byte) bool { return false }
+	most := 0
+	for rest := appendBulk(nil, make([]byte, 900<<10)); len(rest) > 0; {
+		n := copy(in.room(), rest)
+		rest = rest[n:]
+		most = max(most, len(in.buf))
+		if _, err := in.took(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if most < 900<<10 || len(in.buf) > keepIntake*intakeRoom {
+		t.Fatalf("the buffer grew to %d bytes for a reply of 900 KiB, and is %d bytes after it", most, len(in.buf))
+	}
+}
+
 // readFrames runs an intake on a connection until it ends.
 func readFrames(c net.Conn, part, each func(b []byte) bool) error {
 	in := newIntake(new(lane), 0)

@@ -41,6 +41,10 @@ type session struct {
 	heard    int64        // when the last command came, Unix ns
 	last     *cmdtab.Info // the last command; nil: unknown
 
+	said      *cmdtab.Info // what resolve found last in the table, nil: nothing yet
+	saidAs    []byte       // by this word
+	saidClass policy.Class
+
 	slots   []*slot // in the order of the commands; the head's reply is next
 	begun   int     // how many of slots have begun; those behind wait for them
 	free    []*slot // for reuse
@@ -264,23 +268,31 @@ func (sl *slot) take(cmd command) {
 		return
 	}
 	sl.raw = append(sl.raw[:0], cmd.raw...)
-	rest := sl.raw
-	for range cmd.args {
-		var n int64
-		// raw is canonical: "$<n>\r\n<bytes>\r\n" after a header line.
-		rest = rest[bytes.IndexByte(rest, '$')+1:]
-		end := bytes.IndexByte(rest, '\r')
-		n, _ = strconv.ParseInt(string(rest[:end]), 10, 64)
-		sl.args = append(sl.args, rest[end+2:end+2+int(n)])
-		rest = rest[end+2+int(n):]
+	// raw is canonical, "*<args>\r\n" and then "$<n>\r\n<bytes>\r\n" for each: the lengths tell where they are.
+	at := 1 + digits(len(cmd.args)) + 2
+	for _, a := range cmd.args {
+		at += 1 + digits(len(a)) + 2
+		sl.args = append(sl.args, sl.raw[at:at+len(a)])
+		at += len(a) + 2
 	}
+	if at != len(sl.raw) {
+		panic("a command that is not in its canonical form")
+	}
+}
+
+// digits of n in decimal.
+func digits(n int) int {
+	d := 1
+	for ; n >= 10; n /= 10 {
+		d++
+	}
+	return d
 }
 
 // start plans and begins a command; false: it must wait until what it must not overtake is done.
 func (s *session) start(sl *slot) bool {
 	if sl.info == nil {
-		sl.info = s.e.resolve(sl.args)
-		sl.class = policy.ClassOf(sl.args[0])
+		s.resolve(sl)
 	}
 	s.last, sl.side = sl.info, false
 	if !s.authed && !allowedBeforeAuth(sl.args[0]) {
@@ -316,6 +328,19 @@ func (s *session) start(sl *slot) bool {
 	}
 	s.dispatch(sl)
 	return true
+}
+
+// resolve finds the command's row and class. Clients say the same word many times, and then the two tables need not be asked again.
+func (s *session) resolve(sl *slot) {
+	if s.said != nil && bytes.Equal(sl.args[0], s.saidAs) {
+		sl.info, sl.class = s.said, s.saidClass
+		return
+	}
+	sl.info = s.e.resolve(sl.args)
+	sl.class = policy.ClassOf(sl.args[0])
+	if cmdtab.Static(sl.info) { // others come and go with the server that told of them, or are not known by one word
+		s.said, s.saidClass, s.saidAs = sl.info, sl.class, append(s.saidAs[:0], sl.args[0]...)
+	}
 }
 
 // dispatch begins a command that need not wait.

@@ -253,6 +253,12 @@ func Resolve(args [][]byte) *Info {
 	return info
 }
 
+// Static reports whether Resolve finds the row for every command line that begins with its name: it is one of the table, and neither
+// a container nor of one.
+func Static(info *Info) bool {
+	return info != nil && !info.container && index[info.Name] == info && !strings.Contains(info.Name, "|")
+}
+
 // All returns the rows of all commands and subcommands in the order of their names. The slice is the caller's,
 // the rows are not.
 func All() []*Info { return slices.Clone(all) }

@@ -70,6 +70,18 @@ func TestResolve(t *testing.T) {
 	}
 }
 
+func TestStatic(t *testing.T) {
+	for line, want := range map[string]bool{"GET": true, "get": true, "CONFIG": false, "CONFIG GET": false, "NOSUCH": false} {
+		if got := Static(Resolve(lines(line)[0])); got != want {
+			t.Errorf("Static of %s is %v", line, got)
+		}
+	}
+	get := *Lookup([]byte("get"))
+	if Static(&get) {
+		t.Error("a row that is not of the table is static")
+	}
+}
+
 func TestAll(t *testing.T) {
 	rows := All()
 	if !slices.IsSortedFunc(rows, func(a, b *Info) int { return strings.Compare(a.Name, b.Name) }) {
