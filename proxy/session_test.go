@@ -212,17 +212,7 @@ func TestSessionBounds(t *testing.T) {
 	fed, peak := 100, 0
 	for range 10000 {
 		b.lock()
-		var sl *slot
-		for _, x := range b.s.slots[:b.s.begun] {
-			if !x.done {
-				sl = x
-				break
-			}
-		}
-		tag := uint64(0)
-		if sl != nil {
-			tag = sl.tag
-		}
+		sl, tag := b.s.waitsLongest()
 		b.unlock()
 		if sl == nil {
 			break
@@ -245,17 +235,7 @@ func TestSessionBounds(t *testing.T) {
 		b.lock()
 		b.s.out.drop()
 		b.s.settle()
-		var sl *slot
-		for _, x := range b.s.slots[:b.s.begun] {
-			if !x.done {
-				sl = x
-				break
-			}
-		}
-		tag := uint64(0)
-		if sl != nil {
-			tag = sl.tag
-		}
+		sl, tag := b.s.waitsLongest()
 		b.unlock()
 		if sl == nil {
 			break
@@ -343,4 +323,14 @@ func TestOutbox(t *testing.T) {
 			want.Reset()
 		}
 	}
+}
+
+// waitsLongest is the slot that has waited longest for a reply, with its tag; nil if none does. Caller holds the lock.
+func (s *session) waitsLongest() (*slot, uint64) {
+	for _, sl := range s.slots[:s.begun] {
+		if !sl.done {
+			return sl, sl.tag
+		}
+	}
+	return nil, 0
 }
