@@ -331,6 +331,8 @@ func giveBuffer(b []byte) {
 		pool256K.Put((*[256 << 10]byte)(b))
 	case 1 << 20:
 		pool1M.Put((*[1 << 20]byte)(b))
+	default:
+		letGo(b)
 	}
 }
 

@@ -1449,6 +1449,7 @@ const keepSlotBytes = 16 << 10
 
 func (s *session) recycle(sl *slot) {
 	if cap(sl.raw)+cap(sl.reply_) > keepSlotBytes || len(s.free) >= 64 {
+		letGo(sl.raw)
 		return
 	}
 	s.free = append(s.free, sl)
