@@ -55,6 +55,23 @@ func TestIdleConnectionsAreClosedByRedis(t *testing.T) {
 	}
 }
 
+// The connection on which the proxy watches over Redis is not idle, also where no route has a store: were it closed, that would be an outage.
+func TestControlConnectionIsNotIdle(t *testing.T) {
+	w := newWorld(t, "--timeout", "3")
+	s := w.start(sidecarOptions{})
+	c := s.dial(t)
+	c.want("+OK", "SET", "k", "v")
+	list := func() string { return dial(t, w.redis.Addr()).do("CLIENT", "LIST") }
+	if !strings.Contains(list(), "name=cacheproxy-lane") {
+		t.Fatal("there is no shared connection to close")
+	}
+	w.until("redis has closed the idle ones", func() bool { return !strings.Contains(list(), "name=cacheproxy-lane") })
+	c.want("v", "GET", "k")
+	if n := s.srv.Stats(t.Context()).Redis.Opens; n != 0 {
+		t.Errorf("the breaker opened %d times", n)
+	}
+}
+
 // What is too large for the store's time is refused before anything has changed, however it comes about, and Redis goes on for everybody.
 func TestValueTooLargeForTheStore(t *testing.T) {
 	w := newWorld(t)

@@ -464,6 +464,17 @@ func (l *lane) deaf(d time.Duration, spoke int64) bool {
 	return time.Since(l.silent) > 3*quiet
 }
 
+// keepAwake has Redis say something on a connection on which it has said nothing for d and owes nothing: what is idle for longer than its
+// setting "timeout" it closes, perhaps at the moment in which a client says something.
+func (l *lane) keepAwake(now time.Time, d time.Duration) {
+	if now.UnixNano()-l.heard.Load() < int64(d) || !l.up() || l.waiting() > 0 {
+		return
+	}
+	_ = l.send(pingRequest, pending{cb: &stepped{}}) // a connection that has just gone needs it no more
+}
+
+var pingRequest = appendCommand(nil, "PING")
+
 // behind: Redis has said something here that has not been taken up yet, because this process is busy. Caller holds mu.
 func (l *lane) behind() bool {
 	if l.working.Load() {

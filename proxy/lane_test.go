@@ -80,7 +80,7 @@ func testLane(t *testing.T) (*lane, *fakeRedis) {
 	return l, f
 }
 
-var ping = appendCommand(nil, "PING")
+var ping = pingRequest
 
 func TestLaneAnswersInOrder(t *testing.T) {
 	l, f := testLane(t)
@@ -242,6 +242,42 @@ func TestLaneDeadlines(t *testing.T) {
 }
 
 // A connection does not keep the memory that its largest reply took.
+// An idle connection is kept from being closed by Redis, one that is in use or gone is left alone.
+func TestLaneKeptAwake(t *testing.T) {
+	l, f := testLane(t)
+	r := newRecorder()
+	now := time.Now()
+	l.keepAwake(now.Add(time.Hour), time.Minute) // there is no connection yet, and none is made
+	if err := l.send(ping, pending{cb: r}); err != nil {
+		t.Fatal(err)
+	}
+	c := <-f.conns
+	expect := func() {
+		t.Helper()
+		b := make([]byte, len(ping))
+		if _, err := io.ReadFull(c, b); err != nil || !bytes.Equal(b, ping) {
+			t.Fatalf("%q, %v", b, err)
+		}
+	}
+	expect()
+	l.keepAwake(now.Add(time.Hour), time.Minute) // it waits for a reply
+	if n := l.waiting(); n != 1 {
+		t.Fatalf("%d requests wait", n)
+	}
+	io.WriteString(c, "+PONG\r\n")
+	r.next(t)
+	heard := time.Unix(0, l.heard.Load())
+	l.keepAwake(heard.Add(time.Minute-1), time.Minute)
+	if n := l.waiting(); n != 0 {
+		t.Fatalf("%d requests wait although it has been idle for less than a minute", n)
+	}
+	l.keepAwake(heard.Add(time.Minute), time.Minute)
+	expect()
+	if n := l.waiting(); n != 1 {
+		t.Fatalf("%d requests wait after a minute", n)
+	}
+}
+
 func TestIntakeShrinks(t *testing.T) {
 	in := newIntake(newLane(nil, nil), 0)
 	in.each, in.part = func([]byte, bool) bool { return true }, func([]byte) bool { return false }

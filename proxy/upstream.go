@@ -409,6 +409,10 @@ func (u *upstream) expireLoop(ctx context.Context) {
 			if !u.trusted() {
 				continue
 			}
+			u.control.keepAwake(now, controlAwake)
+			for _, l := range u.all {
+				l.keepAwake(now, lanesAwake)
+			}
 			spoke := u.control.heard.Load()
 			for _, l := range u.all {
 				if l.deaf(deafTime, spoke) {
@@ -419,6 +423,14 @@ func (u *upstream) expireLoop(ctx context.Context) {
 		}
 	}
 }
+
+const (
+	// controlAwake: that the control connection ends is an outage, so it must outlive any timeout but the shortest, a second. With a route
+	// that has a store it is in use all the time.
+	controlAwake = time.Second
+	// lanesAwake: an idle shared connection that ends is nothing but a dial, so that a usual timeout of some minutes is what counts.
+	lanesAwake = 20 * time.Second
+)
 
 // mind watches the deadlines of a client's own connection until nothing waits there.
 func (u *upstream) mind(l *lane) {
