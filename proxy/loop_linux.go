@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -18,13 +19,15 @@ import (
 // and wake-ups; this way a busy one needs few of either (DESIGN 7).
 type loop struct {
 	log   *zap.Logger
-	ep    int          // the epoll instance
+	ep    *poller
 	bell  int          // an eventfd: ends the sleep
 	lanes *sharedLanes // static; nil: none of its own
-	ended chan struct{}
+	// static: there are processors for others while it looks for something to do
+	parallel bool
+	ended    chan struct{}
 
 	mu     sync.Mutex
-	asleep bool            // guarded by mu: in epoll_wait, or about to be
+	asleep bool            // guarded by mu: waits for events, or is about to
 	quit   bool            // guarded by mu
 	calls  []func()        // guarded by mu: to be run by the loop
 	todo   []*polledClient // guarded by mu: whose session may have changed
@@ -34,6 +37,7 @@ type loop struct {
 
 	// Of the loop's goroutine.
 	polled []polled                   // by file descriptor
+	spins  bool                       // to look before the next sleep has been worth it
 	timed  map[*polledClient]struct{} // those that a time matters to
 }
 
@@ -45,18 +49,18 @@ type polled interface{ ready(events uint32) }
 const tick = 10 * time.Millisecond
 
 func newLoop(log *zap.Logger) (*loop, error) {
-	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	ep, err := newPoller()
 	if err != nil {
 		return nil, err
 	}
 	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		unix.Close(ep) //nolint:errcheck // nothing is lost
+		ep.close()
 		return nil, err
 	}
-	l := &loop{log: log, ep: ep, bell: bell, ended: make(chan struct{}), timed: map[*polledClient]struct{}{}}
+	l := &loop{log: log, ep: ep, bell: bell, parallel: runtime.GOMAXPROCS(0) > 1, ended: make(chan struct{}), timed: map[*polledClient]struct{}{}}
 	if err := l.add(bell, unix.EPOLLIN, l); err != nil {
-		unix.Close(ep)   //nolint:errcheck // nothing is lost
+		ep.close()
 		unix.Close(bell) //nolint:errcheck // nothing is lost
 		return nil, err
 	}
@@ -66,16 +70,12 @@ func newLoop(log *zap.Logger) (*loop, error) {
 // run turns until stop.
 func (l *loop) run() {
 	defer close(l.ended)
-	events := make([]unix.EpollEvent, 256)
 	for {
-		n, err := unix.EpollWait(l.ep, events, l.patience())
-		l.mu.Lock()
-		l.asleep = false
-		l.mu.Unlock()
-		if err != nil && err != unix.EINTR {
+		events, err := l.poll()
+		if err != nil {
 			l.log.Error("epoll failed", zap.Error(err)) // no error of it is to be expected
 		}
-		for i := range max(n, 0) {
+		for i := range events {
 			if fd := int(events[i].Fd); fd < len(l.polled) && l.polled[fd] != nil {
 				l.polled[fd].ready(events[i].Events)
 			}
@@ -84,26 +84,53 @@ func (l *loop) run() {
 			l.watchTime(time.Now())
 		}
 		if !l.finishTurn() {
-			unix.Close(l.ep)   //nolint:errcheck // nothing is lost
+			l.ep.close()
 			unix.Close(l.bell) //nolint:errcheck // nothing is lost
 			return
 		}
 	}
 }
 
-// patience is how long the loop may sleep now, in the unit of epoll_wait.
-func (l *loop) patience() int {
+// maxSpin is how long a loop looks again and again for something to do before it sleeps. To fall asleep and be woken costs two switches of the
+// processor and, on a virtual machine, an exit from it: of a client that asks one thing at a time that is most of the added latency. A loop that
+// looks gives the processor to whoever wants it each time. The rule is that of the Linux kernel's halt polling: whoever slept longer than
+// this has looked in vain, and does not look the next time; whoever was woken sooner should have.
+const maxSpin = 50 * time.Microsecond
+
+// poll returns what is ready, and waits for it if there is nothing else to do.
+func (l *loop) poll() ([]unix.EpollEvent, error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case len(l.calls)+len(l.todo)+len(l.full) > 0 || l.quit:
-		return 0
-	case len(l.timed) > 0:
-		l.asleep = true
-		return int(tick.Milliseconds())
+	busy := len(l.calls)+len(l.todo)+len(l.full) > 0 || l.quit
+	l.asleep = !busy
+	l.mu.Unlock()
+	if busy {
+		return l.ep.now(), l.ep.err
 	}
-	l.asleep = true
-	return -1
+	began := time.Now()
+	events, err := l.look(began)
+	if len(events) == 0 && err == nil {
+		d := time.Duration(0)
+		if len(l.timed) > 0 {
+			d = tick
+		}
+		events, err = l.ep.wait(d)
+		l.spins = l.parallel && time.Since(began) < maxSpin
+	}
+	l.mu.Lock()
+	l.asleep = false
+	l.mu.Unlock()
+	return events, err
+}
+
+// look waits awake, if that has been worth it.
+func (l *loop) look(began time.Time) ([]unix.EpollEvent, error) {
+	for l.spins && time.Since(began) < maxSpin {
+		if events := l.ep.now(); len(events) > 0 || l.ep.err != nil {
+			return events, l.ep.err
+		}
+		yield()
+	}
+	return nil, nil
 }
 
 // finishTurn does what the turn has left to do: the sessions that changed first, because they may ask Redis for more, and the lanes when nothing
@@ -170,14 +197,14 @@ func hungUp(c net.Conn) (yes bool) {
 func (l *loop) ring() {
 	if l.asleep {
 		l.asleep = false
-		_, _ = unix.Write(l.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // it can only fail when it has been rung 2^64 times
+		_, _ = writeFD(l.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // it can only fail when it has been rung 2^64 times
 	}
 }
 
 // ready is the bell.
 func (l *loop) ready(uint32) {
 	var b [8]byte
-	_, _ = unix.Read(l.bell, b[:])
+	_, _ = readFD(l.bell, b[:])
 }
 
 // call has the loop run f.
@@ -214,16 +241,16 @@ func (l *loop) add(fd int, events uint32, p polled) error {
 		l.polled = append(l.polled, nil)
 	}
 	l.polled[fd] = p
-	return unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
+	return unix.EpollCtl(l.ep.fd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
 }
 
 func (l *loop) modify(fd int, events uint32) {
-	_ = unix.EpollCtl(l.ep, unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)}) // of a descriptor that is there it cannot fail
+	_ = unix.EpollCtl(l.ep.fd, unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)}) // of a descriptor that is there it cannot fail
 }
 
 func (l *loop) remove(fd int) {
 	l.polled[fd] = nil
-	_ = unix.EpollCtl(l.ep, unix.EPOLL_CTL_DEL, fd, nil)
+	_ = unix.EpollCtl(l.ep.fd, unix.EPOLL_CTL_DEL, fd, nil)
 }
 
 // ownFD takes the descriptor of a connection out of the runtime's hands, which would wake up for every byte that comes. What is left of c is
@@ -358,7 +385,7 @@ func (ev *polledClient) ready(events uint32) {
 	case events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
 		// It has gone while it was held back. What it had sent before is still worth reading; the rest of the events would come without end.
 		ev.hungUp, ev.deaf = true, true
-		_ = unix.EpollCtl(ev.l.ep, unix.EPOLL_CTL_DEL, ev.fd, nil)
+		_ = unix.EpollCtl(ev.l.ep.fd, unix.EPOLL_CTL_DEL, ev.fd, nil)
 	case events&unix.EPOLLRDHUP != 0:
 		ev.hungUp = true
 	}
@@ -375,7 +402,7 @@ func (ev *polledClient) read() (n int) {
 	if ev.ended || ev.c.sess.full() {
 		return 0
 	}
-	n, err := unix.Read(ev.fd, ev.in.space(minRead))
+	n, err := readFD(ev.fd, ev.in.space(minRead))
 	switch {
 	case err == unix.EAGAIN || err == unix.EINTR:
 		return 0
@@ -490,7 +517,7 @@ func (ev *polledClient) write() bool {
 	for ; ev.seg < len(ev.taken.segs); ev.seg++ {
 		seg := &ev.taken.segs[ev.seg]
 		for ev.off < len(seg.b) {
-			n, err := unix.Write(ev.fd, seg.b[ev.off:])
+			n, err := writeFD(ev.fd, seg.b[ev.off:])
 			if n > 0 {
 				ev.off += n
 			}
@@ -532,7 +559,7 @@ func (ev *polledClient) finish() {
 // discard reads what nobody will answer, until the client has read its last reply and closes.
 func (ev *polledClient) discard() {
 	var b [4096]byte
-	n, err := unix.Read(ev.fd, b[:])
+	n, err := readFD(ev.fd, b[:])
 	if err == unix.EAGAIN || err == unix.EINTR {
 		return
 	}
@@ -675,7 +702,7 @@ func (p *polledLane) ready(events uint32) {
 	if events&^unix.EPOLLOUT == 0 {
 		return
 	}
-	n, rerr := unix.Read(p.fd, p.in.room())
+	n, rerr := readFD(p.fd, p.in.room())
 	if rerr == unix.EAGAIN || rerr == unix.EINTR {
 		return
 	}
@@ -754,7 +781,7 @@ func (l *lane) writeOut(p *polledLane) error {
 		for ; p.seg < len(p.out.segs); p.seg++ {
 			seg := &p.out.segs[p.seg]
 			for p.off < len(seg.b) {
-				n, err := unix.Write(p.fd, seg.b[p.off:])
+				n, err := writeFD(p.fd, seg.b[p.off:])
 				if n > 0 {
 					p.off += n
 					p.left -= n
