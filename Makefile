@@ -13,7 +13,7 @@ QUICK        ?=
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test clients soak bench lint fuzz deps clean
+.PHONY: help run build test clients soak bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ bench: build ## measure the proxy beside Redis, HAProxy, twemproxy and Postgres;
 	@sh scripts/install-deps.sh bench
 	$(GO) build -o bin/bench ./test/bench
 	bin/bench -name $(BENCH_NAME) $(if $(QUICK),-quick)
+
+compare: ## put two results of `make bench` beside each other: BEFORE=name, and BENCH_NAME if it is not latest
+	@$(GO) build -o bin/bench ./test/bench
+	@bin/bench -compare bench/$(BEFORE).json bench/$(BENCH_NAME).json
 
 lint: ## run golangci-lint in the version that tools/go.mod pins
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...

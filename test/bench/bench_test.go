@@ -227,6 +227,60 @@ func TestWrite(t *testing.T) {
 	}
 }
 
+func TestComparison(t *testing.T) {
+	dir := t.TempDir()
+	kept := func(name string, r *Result) string {
+		if err := write(r, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		return filepath.Join(dir, name+".json")
+	}
+	slow, fast := kept("slow", sample(0.5)), kept("fast", sample(0.8))
+	compared := func(a, b string) string {
+		t.Helper()
+		x, err := load(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		y, err := load(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return comparison(x, y)
+	}
+	const row = "| GET, 50 connections, pipeline 1, 100 B, no route | "
+	for _, c := range []struct{ a, b, want string }{
+		{slow, fast, row + "0.50 (0.50–0.50) | 0.80 (0.80–0.80) | +60 % | better |"},
+		{fast, slow, row + "0.80 (0.80–0.80) | 0.50 (0.50–0.50) | -38 % | **worse** |"},
+		{slow, slow, row + "0.50 (0.50–0.50) | 0.50 (0.50–0.50) | +0 % |  |"},
+	} {
+		if got := compared(c.a, c.b); !strings.Contains(got, c.want) || strings.Contains(got, "not of the same form") {
+			t.Errorf("%s\nlacks %s", got, c.want)
+		}
+	}
+	short := sample(0.5)
+	short.Quick = true
+	if got := compared(slow, kept("short", short)); !strings.Contains(got, "not of the same form") {
+		t.Error(got)
+	}
+	if judge(Spread{2, 1, 3, 3}, Spread{0.5, 0.4, 0.6, 3}, true) != "better" || judge(Spread{0.5, 0.4, 0.6, 3}, Spread{2, 1, 3, 3}, true) != "**worse**" ||
+		judge(Spread{2, 1, 3, 3}, Spread{4, 3, 5, 3}, false) != "" {
+		t.Error("what is to be less, or overlaps")
+	}
+	for _, text := range []string{"no JSON", "{}"} {
+		file := filepath.Join(dir, "bad.json")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := printComparison([]string{file, fast}); err == nil || !strings.Contains(err.Error(), "is no result") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	if printComparison([]string{slow, filepath.Join(dir, "none.json")}) == nil || printComparison([]string{slow}) == nil {
+		t.Error("a file that is not there")
+	}
+}
+
 func TestPlans(t *testing.T) {
 	for _, p := range []plan{full, short} {
 		for _, c := range []struct{ conns, depth int }{{50, 1}, {50, 16}} {

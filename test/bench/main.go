@@ -4,7 +4,8 @@
 // It starts everything privately and asserts no timing: it writes down what it saw, with the bars that the project has set itself.
 //
 // plan.go says what is measured. stack.go starts the servers, grid.go, latency.go and postgres.go measure, each by rounds in which every
-// target has its turn. result.go is what is kept, bars.go what it is held against, report.go and picture.go how it is shown.
+// target has its turn. result.go is what is kept, bars.go what it is held against, report.go and picture.go how it is
+// shown, compare.go how two of them are.
 package main
 
 import (
@@ -27,7 +28,15 @@ func main() {
 	bin := flag.String("bin", "bin/cacheproxy", "the proxy")
 	dir := flag.String("dir", "bench", "where the results go")
 	name := flag.String("name", "latest", "their name, without .md, .json and .svg")
+	compare := flag.Bool("compare", false, "measure nothing: print two results, the .json files named behind the flags, beside each other")
 	flag.Parse()
+	if *compare {
+		if err := printComparison(flag.Args()); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	runtime.LockOSThread() // children are told when the thread that started them ends: the first one ends last
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := run(ctx, *quick, *bin, filepath.Join(*dir, *name))
@@ -79,6 +88,22 @@ func run(ctx context.Context, quick bool, bin, out string) (err error) {
 	}
 	fmt.Print(markdown(r, filepath.Base(out)))
 	say("written: %s.md, .json and .svg", out)
+	return nil
+}
+
+func printComparison(files []string) error {
+	if len(files) != 2 {
+		return errors.New("-compare wants two files, such as bench/before.json bench/latest.json")
+	}
+	before, err := load(files[0])
+	if err != nil {
+		return err
+	}
+	after, err := load(files[1])
+	if err != nil {
+		return err
+	}
+	fmt.Print(comparison(before, after))
 	return nil
 }
 
