@@ -549,15 +549,15 @@ type intake struct {
 	asked      bool // and whether it may be has been asked
 }
 
-// intakeRoom is what one read of a shared connection takes: small replies to a pipeline of sixteen of fifty clients. One client's own
-// connection begins with less, for many may wait on theirs for hours.
+// intakeRoom is what one read of a shared connection takes: small replies to a pipeline of sixteen of fifty clients, or three of 64 KiB. One
+// client's own connection begins with less, for many may wait on theirs for hours.
 const (
-	intakeRoom    = 64 << 10
+	intakeRoom    = 256 << 10
 	ownIntakeRoom = 4 << 10
 )
 
 // keepIntake times what it began with a connection's buffer may stay, when what made it grow has gone.
-const keepIntake = 4
+const keepIntake = 2
 
 func newIntake(l *lane, gen uint64) *intake {
 	room := intakeRoom

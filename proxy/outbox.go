@@ -17,8 +17,8 @@ type segment struct {
 }
 
 // chunkSize is how much of a large reply is passed on at once: large enough that the system calls do not count, small enough that
-// a client that reads as fast as Redis writes costs no more than a few of them.
-const chunkSize = 64 << 10
+// a client that reads as fast as Redis writes costs no more than a few of them. A value of 64 KiB and what frames it fit, and are one write.
+const chunkSize = 72 << 10
 
 var chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
 
@@ -89,8 +89,20 @@ func (o *outbox) swap(old *outbox) {
 	*old, *o = *o, next
 }
 
-// keepOut: a buffer for small pieces that grew beyond it is not kept.
-const keepOut = 1 << 20
+// keepOut: a buffer for small pieces that grew beyond it is not kept: thousands of clients may each have had a long pipeline once.
+const keepOut = 64 << 10
+
+// smallPiece bytes and more are worth a chunk: they would make the buffer for small pieces grow, again and again where it is not kept.
+const smallPiece = 4 << 10
+
+// copyOf adds b, by add or addChunks.
+func (o *outbox) copyOf(b []byte) {
+	if len(b) < smallPiece {
+		o.add(b)
+	} else {
+		o.addChunks(b)
+	}
+}
 
 func (s *segment) free() {
 	if s.pooled != nil {

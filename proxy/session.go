@@ -1378,7 +1378,19 @@ func (s *session) answerClear(sl *slot, c *refusal) {
 
 // finish sets the reply, a copy of frame.
 func (s *session) finish(sl *slot, frame []byte) {
-	sl.reply_ = append(sl.reply_[:0], frame...)
+	if sl.done {
+		return
+	}
+	if len(s.slots) > 0 && s.slots[0] == sl && !s.over {
+		// Nobody is to be answered before it: it need not wait in the slot for its turn.
+		s.passOn(sl)
+		if !sl.mute {
+			s.out.copyOf(frame)
+		}
+		sl.reply_ = sl.reply_[:0]
+	} else {
+		sl.reply_ = append(sl.reply_[:0], frame...)
+	}
 	s.close(sl)
 }
 

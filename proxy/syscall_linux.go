@@ -14,8 +14,8 @@ import (
 // again to see whether a processor should be taken from a thread that is in the kernel. Measured at 50 connections without a pipeline, that was a
 // twelfth of the proxy's CPU time.
 
-// longCall bytes are copied by the kernel in some ten microseconds. What takes longer is for the scheduler to know.
-const longCall = 64 << 10
+// longCall bytes are copied by the kernel in some twenty microseconds. What takes longer is for the scheduler to know.
+const longCall = 256 << 10
 
 // readFD reads from a non-blocking descriptor into b, which must not be empty. 0 without an error is the end of the stream.
 func readFD(fd int, b []byte) (int, error) {

@@ -36,11 +36,15 @@ func (op *writeOp) refuse(c *refusal) { op.done(c.reply(nil), false) }
 type writer struct {
 	e     *engine
 	mu    sync.Mutex
-	cond  *sync.Cond
-	queue []*writeOp // guarded by mu
+	cond  *sync.Cond    // signalled when queue grows, and when a committer need not wait for more
+	queue []*writeOp    // guarded by mu
+	busy  int           // guarded by mu: committers at work
+	last  int           // guarded by mu: how many commands the last group had
+	took  time.Duration // guarded by mu: how long it was under way
 	// slow holds commands whose key locks somebody else keeps: they wait one by one, in goroutines of their own, so that a
 	// sidecar that hangs in the middle of a write holds up its keys and not everybody's.
 	slow    []*writeOp           // guarded by mu
+	stood   *sync.Cond           // signalled when slow grows
 	stuck   map[string]time.Time // guarded by mu: keys whose lock was not to be had, until when they go to slow at once
 	stopped bool                 // guarded by mu
 	running sync.WaitGroup
@@ -68,7 +72,7 @@ const (
 
 func newWriter(e *engine) *writer {
 	w := &writer{e: e, stuck: map[string]time.Time{}}
-	w.cond = sync.NewCond(&w.mu)
+	w.cond, w.stood = sync.NewCond(&w.mu), sync.NewCond(&w.mu)
 	return w
 }
 
@@ -85,12 +89,19 @@ func (w *writer) submit(op *writeOp) {
 	op.until = time.Now().Add(patience * w.e.cfg.StoreTimeout)
 	if w.isStuck(op) {
 		w.slow = append(w.slow, op)
+		w.stood.Signal()
 	} else {
 		w.queue = append(w.queue, op)
+		if len(w.queue) == 1 || w.enough() {
+			w.cond.Signal()
+		}
 	}
 	w.mu.Unlock()
-	w.cond.Broadcast()
 }
+
+// enough: a committer should go to work with what there is. While another is at work, whoever it answers will say more, and a group costs the
+// two stores much the same whatever its size: it is better to wait for as many as there were last time. Caller holds mu.
+func (w *writer) enough() bool { return len(w.queue) > 0 && (w.busy == 0 || len(w.queue) >= w.last) }
 
 // isStuck tells whether op has a key whose lock could not be had lately. Caller holds mu.
 func (w *writer) isStuck(op *writeOp) bool {
@@ -116,7 +127,7 @@ func (w *writer) notLocked(ops []*writeOp) {
 		w.mu.Lock()
 		w.slow = append(w.slow, ops...)
 		w.mu.Unlock()
-		w.cond.Broadcast()
+		w.stood.Broadcast()
 		return
 	}
 	w.mu.Lock()
@@ -137,7 +148,7 @@ func (w *writer) nextSlow() *writeOp {
 		if w.stopped {
 			return nil
 		}
-		w.cond.Wait()
+		w.stood.Wait()
 	}
 	op := w.slow[0]
 	w.slow = w.slow[1:]
@@ -167,6 +178,7 @@ func (w *writer) run(ctx context.Context) {
 		w.stopped = true
 		w.mu.Unlock()
 		w.cond.Broadcast()
+		w.stood.Broadcast()
 	})
 	defer stop()
 	for range committers {
@@ -178,7 +190,12 @@ func (w *writer) run(ctx context.Context) {
 				if group == nil {
 					return
 				}
+				began := time.Now()
 				w.commit(context.WithoutCancel(ctx), group)
+				w.mu.Lock()
+				w.busy--
+				w.took = time.Since(began)
+				w.mu.Unlock()
 			}
 		}()
 	}
@@ -194,16 +211,37 @@ func (w *writer) run(ctx context.Context) {
 	w.running.Wait()
 }
 
-// next takes the ops at the head of the queue that share a mode, nil when the writer has stopped.
+// gather waits until there is enough, but once something is there no longer than a quarter of what the last group took: clients who are fewer than
+// they were wait that much longer, once. false: there is nothing. Caller holds mu.
+func (w *writer) gather() bool {
+	if len(w.queue) == 0 || w.enough() {
+		return len(w.queue) > 0
+	}
+	late := false
+	timer := time.AfterFunc(w.took/4, func() {
+		w.mu.Lock()
+		late = true
+		w.mu.Unlock()
+		w.cond.Broadcast()
+	})
+	defer timer.Stop()
+	for !late && !w.stopped && len(w.queue) > 0 && !w.enough() {
+		w.cond.Wait()
+	}
+	return len(w.queue) > 0
+}
+
+// next takes the ops at the head of the queue that share a mode, nil when the writer has stopped. The caller is at work from then on.
 func (w *writer) next() []*writeOp {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for len(w.queue) == 0 {
+	for !w.gather() {
 		if w.stopped {
 			return nil
 		}
 		w.cond.Wait()
 	}
+	w.busy++
 	mode, size := w.queue[0].mode, 0
 	var group, rest []*writeOp
 	for i, op := range w.queue {
@@ -220,9 +258,9 @@ func (w *writer) next() []*writeOp {
 		}
 		group = append(group, op)
 	}
-	w.queue = rest
+	w.queue, w.last = rest, len(group)
 	if len(rest) > 0 {
-		w.cond.Broadcast()
+		w.cond.Signal()
 	}
 	return group
 }
