@@ -435,6 +435,7 @@ func (ev *polledClient) feed() {
 			return
 		}
 		if !ok {
+			ev.in.lendBack() // thousands of clients may have nothing to say
 			return
 		}
 		if len(cmd.raw) > largeCommand {

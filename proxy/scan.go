@@ -229,6 +229,18 @@ func (s *scanner) release() {
 	}
 }
 
+// lendBack gives the buffer of a connection that holds nothing to others, until it has something to say again. It ends the life of the last
+// command.
+func (s *scanner) lendBack() {
+	if s.start != s.end || len(s.base) == 0 {
+		return
+	}
+	s.release()
+	s.dropArgs()
+	poolBase.Put((*[keepBuffer]byte)(s.base))
+	s.base, s.buf = nil, nil
+}
+
 // dropArgs forgets the views of the last command, which would keep a large
 // buffer alive, and their backing store if it is large itself. Many arguments
 // always come with a large buffer.
@@ -246,7 +258,7 @@ func (s *scanner) dropArgs() {
 // a larger buffer or back to the small one.
 func (s *scanner) makeRoom(n int) {
 	if s.base == nil {
-		s.base = make([]byte, keepBuffer)
+		s.base = poolBase.Get().(*[keepBuffer]byte)[:]
 		if s.buf == nil {
 			s.buf = s.base
 		}
@@ -303,6 +315,8 @@ func (s *scanner) moveTo(b []byte) {
 // values of 20 KB to 1 MB are what the proxy is for, and to allocate for each
 // would cost more than to receive it.
 var (
+	poolBase = sync.Pool{New: func() any { return new([keepBuffer]byte) }} // for connections that hold nothing (lendBack)
+
 	pool64K  = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 	pool256K = sync.Pool{New: func() any { return new([256 << 10]byte) }}
 	pool1M   = sync.Pool{New: func() any { return new([1 << 20]byte) }}

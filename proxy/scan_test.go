@@ -491,3 +491,52 @@ func BenchmarkScanner(b *testing.B) {
 		})
 	}
 }
+
+// A connection that holds nothing needs no memory, and one that holds a part of a command keeps it.
+func TestScannerLendsItsBufferBack(t *testing.T) {
+	s := newScanner(limits{})
+	say := func(text string) {
+		for len(text) > 0 {
+			n := copy(s.space(minRead), text)
+			s.wrote(n)
+			text = text[n:]
+		}
+	}
+	expect := func(want string) {
+		t.Helper()
+		cmd, ok, err := s.next()
+		if err != nil || !ok || string(bytes.Join(cmd.args, []byte(" "))) != want {
+			t.Fatalf("%q, %v, %v, want %q", cmd.args, ok, err, want)
+		}
+	}
+	none := func() {
+		t.Helper()
+		if cmd, ok, err := s.next(); ok || err != nil {
+			t.Fatalf("%q, %v", cmd.args, err)
+		}
+	}
+	s.lendBack() // nothing was ever held
+	say("*2\r\n$3\r\nGET\r\n$1\r\nk\r\n*2\r\n$3\r\nGET\r\n$100000\r\n")
+	expect("GET k")
+	none()
+	s.lendBack()
+	if s.base == nil || s.buffered() == 0 {
+		t.Fatal("the beginning of a command is gone")
+	}
+	long := strings.Repeat("x", 100000)
+	say(long + "\r\n")
+	expect("GET " + long)
+	none()
+	s.lendBack()
+	if s.base != nil || s.buf != nil {
+		t.Fatal("the buffer is kept")
+	}
+	for _, a := range s.args[:cap(s.args)] {
+		if a != nil {
+			t.Fatal("a view of the buffer is kept")
+		}
+	}
+	say("PING\r\n")
+	expect("PING")
+	none()
+}
