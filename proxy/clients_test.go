@@ -678,6 +678,24 @@ func TestClientReply(t *testing.T) {
 	}
 }
 
+// A script on a key without a store has no deadline, also while Redis tells us on another connection that it is running one.
+func TestLongScript(t *testing.T) { eachDriver(t, testLongScript) }
+
+func testLongScript(t *testing.T) {
+	w := newWorld(t, "--busy-reply-threshold", "10")
+	s := w.start(sidecarOptions{})
+	a, b := s.dial(t), s.dial(t)
+	a.want("+OK", "SET", "k", "1")
+	a.send("EVAL", "while redis.call('GET', 'k') do end", "0")
+	w.until("the other client is told", func() bool { return strings.HasPrefix(b.do("PING"), "-BUSY") })
+	time.Sleep(3 * time.Second) // longer than a connection that leads nowhere is given
+	w.until("the script is killed", func() bool { return b.do("SCRIPT", "KILL") == "+OK" || b.do("PING") == "+PONG" })
+	if got := a.reply(); !strings.Contains(got, "killed") {
+		t.Errorf("EVAL: %q", got)
+	}
+	a.want("1", "GET", "k")
+}
+
 // While a script keeps Redis busy, those who share connections with its client are told so, as by Redis.
 func TestBusyScript(t *testing.T) { eachDriver(t, testBusyScript) }
 

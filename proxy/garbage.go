@@ -2,13 +2,13 @@ package proxy
 
 import (
 	"runtime"
+	"runtime/metrics"
 	"sync/atomic"
 )
 
-// collectAfter bytes of large buffers let go, the collector is asked to run. By its own pace it lets as much garbage stand as there was
-// live memory when it last ran: one value of 100 MB that passes during a run would be followed by 100 MB and more that nobody needs,
-// and the next value comes on top. 32 MiB is eight runs of a small heap's own pace, so that no load of large values has more runs than
-// without it.
+// collectAfter bytes of large buffers let go, the collector is asked to run, unless more than that is alive. By its own pace it lets as much garbage stand as
+// there was live memory when it last ran: one value of 100 MB that passes during a run would be followed by 100 MB and more that nobody needs, and
+// the next value comes on top.
 const collectAfter = 32 << 20
 
 var (
@@ -24,9 +24,20 @@ func letGo(b []byte) {
 	if garbage.Add(int64(cap(b))) < collectAfter || !collecting.CompareAndSwap(false, true) {
 		return
 	}
-	garbage.Store(0)
 	go func() {
+		defer collecting.Store(false)
+		// With much alive the collector's own pace is as quick as this one, and a run costs more.
+		if garbage.Load() < liveHeap() {
+			return
+		}
+		garbage.Store(0)
 		runtime.GC()
-		collecting.Store(false)
 	}()
+}
+
+// liveHeap is how many bytes the last run of the collector has left.
+func liveHeap() int64 {
+	s := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(s)
+	return int64(s[0].Value.Uint64())
 }

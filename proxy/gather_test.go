@@ -8,6 +8,7 @@ import (
 // While one group is under way the next one waits for as many commands as the last one had, but not for long; with nobody at work it waits for nothing.
 func TestGroupsGather(t *testing.T) {
 	w := newWriter(nil)
+	w.most = time.Hour
 	queue := func(n int) {
 		w.mu.Lock()
 		for range n {
@@ -55,6 +56,11 @@ func TestGroupsGather(t *testing.T) {
 	queue(2)
 	next()
 	expect(2) // the others do not come
+	w.took, w.most = time.Hour, time.Millisecond
+	queue(2)
+	next()
+	expect(2) // and the last group took long
+	w.most = time.Hour
 
 	w.mu.Lock()
 	w.stopped, w.took = true, time.Hour

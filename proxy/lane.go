@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -70,6 +71,7 @@ type lane struct {
 	silent  time.Time    // guarded by mu: when deaf first suspected it
 	heard   atomic.Int64 // when Redis last said something here, or took a piece of a large value, Unix ns
 	working atomic.Bool  // what it said is being delivered
+	busy    atomic.Bool  // the last thing that keepAwake made it say is that a script is running
 	done    sync.WaitGroup
 	stop    context.CancelFunc
 	ctx     context.Context
@@ -188,7 +190,7 @@ func (l *lane) post(raw []byte) error {
 
 // put queues bytes: a large request is written from where it is. Caller holds mu.
 func (l *lane) put(raw []byte) {
-	if len(raw) > chunkSize {
+	if len(raw) >= lendFrom {
 		l.out.lend(raw)
 	} else {
 		l.out.add(raw)
@@ -470,8 +472,18 @@ func (l *lane) keepAwake(now time.Time, d time.Duration) {
 	if now.UnixNano()-l.heard.Load() < int64(d) || !l.up() || l.waiting() > 0 {
 		return
 	}
-	_ = l.send(pingRequest, pending{cb: &stepped{}}) // a connection that has just gone needs it no more
+	_ = l.send(pingRequest, pending{cb: &awake{l}}) // a connection that has just gone needs it no more
 }
+
+// awake is told what Redis answers to keepAwake.
+type awake struct{ l *lane }
+
+func (a *awake) reply(_ uint64, frame []byte) {
+	a.l.busy.Store(bytes.HasPrefix(frame, []byte("-BUSY ")))
+}
+func (a *awake) failed(uint64, bool, error) {}
+func (a *awake) overdue(uint64)             {}
+func (a *awake) part(uint64, []byte) bool   { return false }
 
 var pingRequest = appendCommand(nil, "PING")
 

@@ -241,7 +241,6 @@ func TestLaneDeadlines(t *testing.T) {
 	}
 }
 
-// A connection does not keep the memory that its largest reply took.
 // An idle connection is kept from being closed by Redis, one that is in use or gone is left alone.
 func TestLaneKeptAwake(t *testing.T) {
 	l, f := testLane(t)
@@ -278,6 +277,7 @@ func TestLaneKeptAwake(t *testing.T) {
 	}
 }
 
+// A connection does not keep the memory that its largest reply took.
 func TestIntakeShrinks(t *testing.T) {
 	in := newIntake(newLane(nil, nil), 0)
 	in.each, in.part = func([]byte, bool) bool { return true }, func([]byte) bool { return false }

@@ -93,7 +93,7 @@ func (l *loop) run() {
 
 // maxSpin is how long a loop looks again and again for something to do before it sleeps. To fall asleep and be woken costs two switches of the
 // processor and, on a virtual machine, an exit from it: of a client that asks one thing at a time that is most of the added latency. A loop that
-// looks gives the processor to whoever wants it each time. The rule is that of the Linux kernel's halt polling: whoever slept longer than
+// looks offers its processor to other threads each time; other goroutines have the other ones. The rule is that of the Linux kernel's halt polling: whoever slept longer than
 // this has looked in vain, and does not look the next time; whoever was woken sooner should have.
 const maxSpin = 50 * time.Microsecond
 
@@ -104,7 +104,7 @@ func (l *loop) poll() ([]unix.EpollEvent, error) {
 	l.asleep = !busy
 	l.mu.Unlock()
 	if busy {
-		return l.ep.now(), l.ep.err
+		return l.ep.now()
 	}
 	began := time.Now()
 	events, err := l.look(began)
@@ -125,8 +125,8 @@ func (l *loop) poll() ([]unix.EpollEvent, error) {
 // look waits awake, if that has been worth it.
 func (l *loop) look(began time.Time) ([]unix.EpollEvent, error) {
 	for l.spins && time.Since(began) < maxSpin {
-		if events := l.ep.now(); len(events) > 0 || l.ep.err != nil {
-			return events, l.ep.err
+		if events, err := l.ep.now(); len(events) > 0 || err != nil {
+			return events, err
 		}
 		yield()
 	}

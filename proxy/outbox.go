@@ -22,17 +22,22 @@ const chunkSize = 72 << 10
 
 var chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
 
-// add copies b.
+// add copies b: behind what is in the last chunk, or into the buffer for small pieces, or into chunks.
 func (o *outbox) add(b []byte) {
 	if len(b) == 0 {
 		return
 	}
-	o.bytes += len(b)
-	if n := len(o.segs); n > 0 && o.segs[n-1].open {
+	n := len(o.segs)
+	switch {
+	case n > 0 && o.segs[n-1].open && len(o.segs[n-1].b)+len(b) <= keepOut:
 		o.segs[n-1].b = append(o.segs[n-1].b, b...)
-		return
+		o.bytes += len(b)
+	case n == 0 && len(b) <= keepOut:
+		o.segs = append(o.segs, segment{b: append([]byte(nil), b...), open: true})
+		o.bytes += len(b)
+	default:
+		o.addChunks(b)
 	}
-	o.segs = append(o.segs, segment{b: append([]byte(nil), b...), open: true})
 }
 
 // lend adds b without a copy; it must not change until it is written.
@@ -73,7 +78,7 @@ func (o *outbox) take(from *outbox) {
 func (o *outbox) swap(old *outbox) {
 	var first []byte // the buffer for small pieces
 	for _, s := range old.segs {
-		if s.open && first == nil && cap(s.b) <= keepOut {
+		if s.open && first == nil && cap(s.b) <= 2*keepOut { // append rounds up
 			first = s.b[:0]
 		}
 		s.free()
@@ -89,20 +94,12 @@ func (o *outbox) swap(old *outbox) {
 	*old, *o = *o, next
 }
 
-// keepOut: a buffer for small pieces that grew beyond it is not kept: thousands of clients may each have had a long pipeline once.
-const keepOut = 64 << 10
+// keepOut is the most that the buffer for small pieces holds, which is kept: thousands of clients may each have had a long pipeline once. What is more goes
+// into chunks, which are everybody's. It equals what a connection is read by.
+const keepOut = 16 << 10
 
-// smallPiece bytes and more are worth a chunk: they would make the buffer for small pieces grow, again and again where it is not kept.
-const smallPiece = 4 << 10
-
-// copyOf adds b, by add or addChunks.
-func (o *outbox) copyOf(b []byte) {
-	if len(b) < smallPiece {
-		o.add(b)
-	} else {
-		o.addChunks(b)
-	}
-}
+// lendFrom bytes and more are written from where they are. Slots of that size are not recycled (keepSlotBytes), so that nobody changes them meanwhile.
+const lendFrom = 32 << 10
 
 func (s *segment) free() {
 	if s.pooled != nil {

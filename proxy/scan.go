@@ -63,9 +63,10 @@ const (
 	// there; here the limit does not depend on how the bytes were split.
 	maxLine = 64 << 10
 
-	// keepBuffer is what a connection holds when it holds nothing. It
-	// equals the read size of Redis: 16 pipelined SETs of 1 KB fit in one
-	// read. Less costs system calls, more costs memory per idle client.
+	// keepBuffer is what a connection is read by. It equals the read size
+	// of Redis: 16 pipelined SETs of 1 KB fit in one read. Less costs
+	// system calls; more costs memory for each client whom goroutines
+	// drive, who keeps it while he is idle (on a loop, see lendBack).
 	keepBuffer = 16 << 10
 
 	// keepArgs is how many argument views survive a command, 32 KiB; it
@@ -159,7 +160,7 @@ type scanner struct {
 	lim    limits // static
 	authed bool
 
-	base []byte // the buffer of keepBuffer bytes, made at first use
+	base []byte // the buffer of keepBuffer bytes; nil before the first bytes and after lendBack
 	buf  []byte // base, or a larger one while a command needs it
 
 	// buf[start:end] is held: start is the first byte of the command being
@@ -178,8 +179,8 @@ type scanner struct {
 	inline []byte   // backing store of command.raw of an inline command
 }
 
-// newScanner returns a scanner for one connection. It allocates its buffer
-// when the first bytes arrive.
+// newScanner returns a scanner for one connection. It takes its buffer when
+// bytes arrive.
 func newScanner(lim limits) *scanner {
 	return &scanner{lim: lim.withDefaults(), authed: !lim.auth, bulk: -1}
 }

@@ -1385,7 +1385,7 @@ func (s *session) finish(sl *slot, frame []byte) {
 		// Nobody is to be answered before it: it need not wait in the slot for its turn.
 		s.passOn(sl)
 		if !sl.mute {
-			s.out.copyOf(frame)
+			s.out.add(frame)
 		}
 		sl.reply_ = sl.reply_[:0]
 	} else {
@@ -1432,7 +1432,7 @@ func (s *session) settle() {
 			sl := s.slots[n]
 			s.passOn(sl)
 			if !sl.mute {
-				if len(sl.reply_) > chunkSize {
+				if len(sl.reply_) >= lendFrom {
 					s.out.lend(sl.reply_) // it is not recycled
 				} else {
 					s.out.add(sl.reply_)

@@ -297,6 +297,37 @@ func TestSessionStreams(t *testing.T) {
 	}
 }
 
+// However large and small pieces alternate, an outbox holds little more than what is in it, in few pieces: each is a system call.
+func TestOutboxWastesNothing(t *testing.T) {
+	for _, sizes := range [][]int{{4200, 7}, {7, 4200}, {17 << 10, 100, 100}, {100}, {64<<10 + 50, 7}, {keepOut, 1}} {
+		var o, taken outbox
+		for range 2 { // with and without a buffer from before
+			want := 0
+			for want < 4<<20 {
+				for _, n := range sizes {
+					o.add(make([]byte, n))
+					want += n
+				}
+			}
+			held := 0
+			for _, seg := range o.segs {
+				if seg.pooled != nil {
+					held += chunkSize
+				} else {
+					held += cap(seg.b)
+				}
+			}
+			if o.bytes != want || held > want+2*chunkSize || len(o.segs) > want/chunkSize+2 {
+				t.Errorf("%v: %d bytes of %d, in %d held by %d pieces", sizes, o.bytes, want, held, len(o.segs))
+			}
+			o.swap(&taken)
+		}
+		if len(taken.segs) == 0 || len(o.segs) > 0 && (!o.segs[0].open || cap(o.segs[0].b) > 2*keepOut) {
+			t.Errorf("%v: it keeps %d pieces", sizes, len(o.segs))
+		}
+	}
+}
+
 func TestOutbox(t *testing.T) {
 	var o, taken, parts outbox
 	var want strings.Builder

@@ -413,6 +413,9 @@ func (u *upstream) expireLoop(ctx context.Context) {
 			for _, l := range u.all {
 				l.keepAwake(now, lanesAwake)
 			}
+			if u.control.busy.Load() {
+				continue // it speaks here, and cannot where the script's answer is due
+			}
 			spoke := u.control.heard.Load()
 			for _, l := range u.all {
 				if l.deaf(deafTime, spoke) {

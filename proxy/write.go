@@ -41,6 +41,7 @@ type writer struct {
 	busy  int           // guarded by mu: committers at work
 	last  int           // guarded by mu: how many commands the last group had
 	took  time.Duration // guarded by mu: how long it was under way
+	most  time.Duration // static: to wait for more
 	// slow holds commands whose key locks somebody else keeps: they wait one by one, in goroutines of their own, so that a
 	// sidecar that hangs in the middle of a write holds up its keys and not everybody's.
 	slow    []*writeOp           // guarded by mu
@@ -60,6 +61,8 @@ const (
 	maxGroupBytes = 4 << 20
 	// committers: two groups at once, so that one's commit overlaps the other's scripts.
 	committers = 2
+	// gatherTime: a group of fifty takes some five milliseconds, and one that takes much longer waits for a store that is in trouble.
+	gatherTime = 2 * time.Millisecond
 	// slowCommitters serve what waits for locks. With the others they are as many as the store's concurrent writes.
 	slowCommitters = 2
 	// stuckTime: a lock that could not be had will hardly be free in the next moment; a sidecar that died gives it back within
@@ -71,7 +74,7 @@ const (
 )
 
 func newWriter(e *engine) *writer {
-	w := &writer{e: e, stuck: map[string]time.Time{}}
+	w := &writer{e: e, most: gatherTime, stuck: map[string]time.Time{}}
 	w.cond, w.stood = sync.NewCond(&w.mu), sync.NewCond(&w.mu)
 	return w
 }
@@ -211,14 +214,14 @@ func (w *writer) run(ctx context.Context) {
 	w.running.Wait()
 }
 
-// gather waits until there is enough, but once something is there no longer than a quarter of what the last group took: clients who are fewer than
-// they were wait that much longer, once. false: there is nothing. Caller holds mu.
+// gather waits until there is enough, but once something is there no longer than a quarter of what the last group took, nor than gatherTime: that is
+// what a client may wait longer whose companions do not come. false: there is nothing. Caller holds mu.
 func (w *writer) gather() bool {
 	if len(w.queue) == 0 || w.enough() {
 		return len(w.queue) > 0
 	}
 	late := false
-	timer := time.AfterFunc(w.took/4, func() {
+	timer := time.AfterFunc(min(w.took/4, w.most), func() {
 		w.mu.Lock()
 		late = true
 		w.mu.Unlock()

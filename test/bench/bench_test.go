@@ -117,28 +117,28 @@ func TestInTurn(t *testing.T) {
 	}
 }
 
-// sample is a result in which the proxy without a route does what factor says, in three rounds of a machine that becomes slower.
+// sample is a result in which the proxy without a route does what factor says, in five rounds of a machine that becomes slower.
 func sample(factor float64) *Result {
 	r := &Result{Commit: "abc<&>", Memory: []Memory{{bare, 14, 30, 25}}, Herd: []Herd{{Clients: 500, Queries: 1, Seconds: 0.02}, {Clients: 500, Failed: "no"}}}
 	s := &Series{What: "GET, 50 connections, pipeline 1, 100 B", Op: "GET", Conns: 50, Depth: 1, Size: 100}
-	for round := 1; round <= 3; round++ {
+	for round := 1; round <= 5; round++ {
 		base := 90000 / float64(round)
 		s.Runs = append(s.Runs,
 			Run{Round: round, Target: direct, Rate: base, P50: 1, RedisCPU: 10},
 			Run{Round: round, Target: twem, Rate: base * 0.5, P50: 1, ProxyCPU: 18, RedisCPU: 3},
 			Run{Round: round, Target: bare, Rate: base * factor, P50: 1, ProxyCPU: 12, RedisCPU: 4})
 	}
-	s.Runs = append(s.Runs, Run{Round: 4, Target: bare, Failed: "it broke"}, Run{Round: 4, Target: direct, Rate: 1})
+	s.Runs = append(s.Runs, Run{Round: 6, Target: bare, Failed: "it broke"}, Run{Round: 6, Target: direct, Rate: 1})
 	r.Grid = []*Series{s}
 	return r
 }
 
 func TestRatios(t *testing.T) {
 	s := sample(0.5).Grid[0]
-	if got := s.ratio(bare, rate, direct, rate); math.Abs(got.Min-0.5) > 1e-9 || math.Abs(got.Max-0.5) > 1e-9 || got.N != 3 {
+	if got := s.ratio(bare, rate, direct, rate); math.Abs(got.Min-0.5) > 1e-9 || math.Abs(got.Max-0.5) > 1e-9 || got.N != 5 {
 		t.Errorf("within each round: %+v", got)
 	}
-	if got := s.of(direct, rate); got != (Spread{(30000 + 45000) / 2., 1, 90000, 4}) {
+	if got := s.of(direct, rate); got != (Spread{(22500 + 30000) / 2., 1, 90000, 6}) {
 		t.Errorf("%+v", got)
 	}
 	if got := s.more(twem, direct, proxyCPU); got.N != 0 {
@@ -182,7 +182,7 @@ func TestMarkdown(t *testing.T) {
 		"| RSS, 1,000 idle connections | 30.0 MiB | ≤ 40 MiB | ≤ 20 MiB | pass |",
 		"| phase1 SET, 50 clients, against one transaction per SET by 50 connections |  | ≥ 10 | ≥ 15 | not measured |",
 		"| GET, 50 connections, pipeline 1, 100 B | 10.0 |  | 18.0 + 3.0 | 12.0 + 4.0 |",
-		"- GET, 50 connections, pipeline 1, 100 B, no route, round 4: it broke",
+		"- GET, 50 connections, pipeline 1, 100 B, no route, round 6: it broke",
 		"- herd 2: no",
 		"A herd of 500 clients that miss one cold key: 1.00 queries",
 	} {
@@ -263,9 +263,9 @@ func TestComparison(t *testing.T) {
 	if got := compared(slow, kept("short", short)); !strings.Contains(got, "not of the same form") {
 		t.Error(got)
 	}
-	if judge(Spread{2, 1, 3, 3}, Spread{0.5, 0.4, 0.6, 3}, true) != "better" || judge(Spread{0.5, 0.4, 0.6, 3}, Spread{2, 1, 3, 3}, true) != "**worse**" ||
-		judge(Spread{2, 1, 3, 3}, Spread{4, 3, 5, 3}, false) != "" {
-		t.Error("what is to be less, or overlaps")
+	if judge(Spread{2, 1, 3, 5}, Spread{0.5, 0.4, 0.6, 5}, true) != "better" || judge(Spread{0.5, 0.4, 0.6, 5}, Spread{2, 1, 3, 5}, true) != "**worse**" ||
+		judge(Spread{2, 1, 3, 5}, Spread{4, 3, 5, 5}, false) != "" || judge(Spread{24, 24, 24, 1}, Spread{25, 25, 25, 1}, true) != "" {
+		t.Error("what is to be less, overlaps, or is seen too seldom")
 	}
 	for _, text := range []string{"no JSON", "{}"} {
 		file := filepath.Join(dir, "bad.json")
