@@ -38,6 +38,7 @@ type loop struct {
 	// Of the loop's goroutine.
 	polled []polled                   // by file descriptor
 	spins  bool                       // to look before the next sleep has been worth it
+	alone  int                        // for so many turns there has been one event at most
 	timed  map[*polledClient]struct{} // those that a time matters to
 }
 
@@ -95,7 +96,14 @@ func (l *loop) run() {
 // processor and, on a virtual machine, an exit from it: of a client that asks one thing at a time that is most of the added latency. A loop that
 // looks offers its processor to other threads each time; other goroutines have the other ones. The rule is that of the Linux kernel's halt polling: whoever slept longer than
 // this has looked in vain, and does not look the next time; whoever was woken sooner should have.
-const maxSpin = 50 * time.Microsecond
+//
+// It is for whoever asks one thing at a time. Where many clients ask, a loop that sleeps finds more of them when it wakes up, and Redis gets more in one
+// write; one that looks takes their processor (measured: a tenth less throughput at 50 connections). So it looks when fewTurns in
+// a row had one event each.
+const (
+	maxSpin  = 50 * time.Microsecond
+	fewTurns = 8
+)
 
 // poll returns what is ready, and waits for it if there is nothing else to do.
 func (l *loop) poll() ([]unix.EpollEvent, error) {
@@ -107,7 +115,11 @@ func (l *loop) poll() ([]unix.EpollEvent, error) {
 		return l.ep.now()
 	}
 	began := time.Now()
-	events, err := l.look(began)
+	var events []unix.EpollEvent
+	var err error
+	if l.alone >= fewTurns {
+		events, err = l.look(began)
+	}
 	if len(events) == 0 && err == nil {
 		d := time.Duration(0)
 		if len(l.timed) > 0 {
@@ -115,6 +127,11 @@ func (l *loop) poll() ([]unix.EpollEvent, error) {
 		}
 		events, err = l.ep.wait(d)
 		l.spins = l.parallel && time.Since(began) < maxSpin
+	}
+	if len(events) <= 1 {
+		l.alone++
+	} else {
+		l.alone = 0
 	}
 	l.mu.Lock()
 	l.asleep = false

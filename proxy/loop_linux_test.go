@@ -32,7 +32,7 @@ func TestLoopLooksWhileItPays(t *testing.T) {
 		l.ready(0)
 	}
 
-	l.parallel, l.spins = true, true
+	l.parallel, l.spins, l.alone = true, true, fewTurns
 	rung()
 	if turn(); !l.spins {
 		t.Error("it does not look any more although the bell had been rung before it would have slept")
