@@ -439,11 +439,11 @@ func (ev *polledClient) read() (n int) {
 	if ev.ended || ev.c.sess.full() {
 		return 0
 	}
-	n, err := readFD(ev.fd, ev.in.space(minRead))
+	n, errno := readFD(ev.fd, ev.in.space(minRead))
 	switch {
-	case err == unix.EAGAIN || err == unix.EINTR:
+	case errno == unix.EAGAIN || errno == unix.EINTR:
 		return 0
-	case err != nil:
+	case errno != 0:
 		ev.fail()
 		return 0
 	case n == 0:
@@ -555,14 +555,15 @@ func (ev *polledClient) write() bool {
 	for ; ev.seg < len(ev.taken.segs); ev.seg++ {
 		seg := &ev.taken.segs[ev.seg]
 		for ev.off < len(seg.b) {
-			n, err := writeFD(ev.fd, seg.b[ev.off:])
+			n, errno := writeFD(ev.fd, seg.b[ev.off:])
 			if n > 0 {
 				ev.off += n
 			}
-			switch {
-			case err == unix.EAGAIN:
+			switch errno {
+			case 0, unix.EINTR:
+			case unix.EAGAIN:
 				return false
-			case err != nil && err != unix.EINTR:
+			default:
 				ev.fail()
 				return false
 			}
@@ -597,8 +598,8 @@ func (ev *polledClient) finish() {
 // discard reads what nobody will answer, until the client has read its last reply and closes.
 func (ev *polledClient) discard() {
 	var b [4096]byte
-	n, err := readFD(ev.fd, b[:])
-	if err == unix.EAGAIN || err == unix.EINTR {
+	n, errno := readFD(ev.fd, b[:])
+	if errno == unix.EAGAIN || errno == unix.EINTR {
 		return
 	}
 	if ev.unread += n; n <= 0 || ev.unread > 1<<20 {
@@ -740,12 +741,14 @@ func (p *polledLane) ready(events uint32) {
 	if events&^unix.EPOLLOUT == 0 {
 		return
 	}
-	n, rerr := readFD(p.fd, p.in.room())
-	if rerr == unix.EAGAIN || rerr == unix.EINTR {
+	n, errno := readFD(p.fd, p.in.room())
+	var err error
+	switch {
+	case errno == unix.EAGAIN || errno == unix.EINTR:
 		return
-	}
-	err := error(rerr)
-	if rerr == nil && n == 0 {
+	case errno != 0:
+		err = errno
+	case n == 0:
 		err = io.EOF
 	}
 	p.la.heard.Store(time.Now().UnixNano())
@@ -819,16 +822,17 @@ func (l *lane) writeOut(p *polledLane) error {
 		for ; p.seg < len(p.out.segs); p.seg++ {
 			seg := &p.out.segs[p.seg]
 			for p.off < len(seg.b) {
-				n, err := writeFD(p.fd, seg.b[p.off:])
+				n, errno := writeFD(p.fd, seg.b[p.off:])
 				if n > 0 {
 					p.off += n
 					p.left -= n
 				}
-				switch {
-				case err == unix.EAGAIN:
+				switch errno {
+				case 0, unix.EINTR:
+				case unix.EAGAIN:
 					return nil
-				case err != nil && err != unix.EINTR:
-					return err
+				default:
+					return errno
 				}
 			}
 			p.off = 0

@@ -25,6 +25,8 @@ const (
 	oneQuery       = "one query per GET"
 	oneTransaction = "one transaction per SET"
 	oneWriter      = "one transaction per SET, one connection"
+	// oneClient writes through the proxy, and nobody else does: its groups are of one.
+	oneClient = "phase1, one client"
 
 	// \gset fails unless there is one row.
 	selectScript = `\set k random(0, 99999)
@@ -194,17 +196,21 @@ func writes(ctx context.Context, s *stack, p plan, r *Result) error {
 	c := cell{op: "SET", conns: 50, depth: 1, size: 100, keys: keySpace}
 	d := max(p.slice, time.Second)
 	r.Writes = &Series{What: "SET, 50 connections, durable in Postgres", Op: c.op, Conns: c.conns, Depth: c.depth, Size: c.size}
-	n := 5000
-	return r.Writes.inTurn(p.rounds, []string{oneTransaction, oneWriter, phase1}, func(target string) (Run, error) {
+	n := map[string]int{phase1: 5000, oneClient: 500}
+	return r.Writes.inTurn(p.rounds, []string{oneTransaction, oneWriter, oneClient, phase1}, func(target string) (Run, error) {
 		switch target {
 		case oneTransaction:
 			return s.pgbench(ctx, fmt.Sprintf(upsertScript, value(c.size)), c.conns, d)
 		case oneWriter:
 			return s.pgbench(ctx, fmt.Sprintf(upsertScript, value(c.size)), 1, d)
 		}
-		run, err := s.redisBenchmark(ctx, r.Writes, target, c, n)
+		c := c
+		if target == oneClient {
+			c.conns = 1
+		}
+		run, err := s.redisBenchmark(ctx, r.Writes, phase1, c, n[target])
 		if run.Rate > 0 {
-			n = max(2*c.conns, int(run.Rate*d.Seconds()))
+			n[target] = max(2*c.conns, int(run.Rate*d.Seconds()))
 		}
 		return run, err
 	})

@@ -102,7 +102,7 @@ func markdown(r *Result, name string) string {
 	}
 	line("")
 	if w := r.Writes; w != nil {
-		line("One transaction per SET by one connection: %s per second. The disk syncs, for both.", w.of(oneWriter, rate))
+		line("One transaction per SET by one connection: %s per second; by one client through the proxy: %s. The disk syncs, for all.", w.of(oneWriter, rate), w.of(oneClient, rate))
 		line("")
 	}
 	if len(r.Herd) > 0 {
