@@ -7,13 +7,15 @@ FUZZTIME     ?= 10s
 MIN_COVERAGE ?= 80
 # How long `make soak` lasts.
 SOAK         ?= 40s
+# And `make chaos`.
+CHAOS        ?= 3m
 # The name under which `make bench` writes, and QUICK=1 for its short form.
 BENCH_NAME   ?= latest
 QUICK        ?=
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test clients soak bench compare lint fuzz deps clean
+.PHONY: help run build test clients soak chaos bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +28,10 @@ build: ## build bin/cacheproxy, a static binary
 
 # Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
 # because a pipe in a POSIX shell answers with the code of its last command.
-test: ## run every test but the soak with the race detector; policy, fallback and proxy must be covered
+test: ## run every test but soak and chaos with the race detector; policy, fallback and proxy must be covered
 	@sh scripts/install-deps.sh test
 	@rm -f coverage.txt coverage.status
-	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v /test/soak) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
+	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
 	@test "$$(cat coverage.status)" = 0
 	@for name in $(COVERED); do \
 		awk -v name=$$name -v min=$(MIN_COVERAGE) ' \
@@ -52,6 +54,11 @@ clients: ## run real Redis clients, of Go and other languages, through the built
 soak: ## run 200 clients with random lives through the built proxy for SOAK, such as 1h
 	@sh scripts/install-deps.sh
 	SOAK=$(SOAK) $(GO) test -v -count=1 -timeout=0 ./test/soak
+
+# Alone, as the soak.
+chaos: ## several sidecars under faults for CHAOS, such as 1h; what clients were told is checked for linearizability
+	@sh scripts/install-deps.sh
+	CHAOS=$(CHAOS) $(GO) test -v -count=1 -timeout=0 ./test/chaos
 
 # Alone, for it wants all of the machine. It builds its own program too, so that Ctrl-C reaches it without a `go run` between.
 bench: build ## measure the proxy beside Redis, HAProxy, twemproxy and Postgres; five minutes with QUICK=1

@@ -57,6 +57,7 @@ type runOp struct {
 	// Of a transaction. raw is EXEC; its commands are queued on pin. watched are rows as they were at WATCH, of keys that have no
 	// copy in Redis.
 	pin     *pin
+	queued  [][]byte // them again; nil if the client watches keys, or there are too many
 	watched map[string]policy.Row
 	flush   bool // it empties the database: the stores are fenced
 }
@@ -567,7 +568,13 @@ type refusedByRedis struct{ frame []byte }
 func (r *refusedByRedis) Error() string { return "refused by redis" }
 
 // runQueued runs the EXEC of a transaction that is queued on a client's own connection. Its commands stand there already, so the keys
-// are loaded before it: a client that watches one sees it change if the row was not what Redis had.
+// are loaded before it: a client that watches one sees it change if the row was not what Redis had. If the client watches none they are queued once
+// more, behind a load, a WATCH of ours, and a load that changes nothing:
+//
+//	1 k is loaded, and watched    2 Redis evicts k    3 it is loaded again, or not    4 EXEC is refused, for k has changed, and all begins again
+//	1 k is loaded    2 Redis evicts k    3 k is watched    4 it is loaded again: the same
+//
+// Where that cannot be done the transaction would find nothing at k ("Exceptions" in docs/consistency.md).
 func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	e := r.e
 	if st.tx != nil && st.changed(st.rows) {
@@ -606,11 +613,24 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	}
 
 	var reqs [][]byte
+	if st.queued != nil {
+		load := appendCommand(nil, append(append([]string{"EVAL", scriptLoad.body}, st.scriptArgs(all(len(st.keys)))...), argv...)...)
+		reqs = append(reqs, appendCommand(nil, "DISCARD"), load, appendCommand(nil, append([]string{"WATCH"}, keys...)...), load, appendCommand(nil, "MULTI"))
+		reqs = append(reqs, st.queued...)
+	}
+	before := len(reqs)
 	for _, t := range r.tails(st) {
 		reqs = append(reqs, appendCommand(nil, t...))
 	}
 	st.epoch = e.up.epoch.Load()
 	fs, err := st.pin.ask(r.runTimeout(), append(reqs, st.raw)...)
+	if err == nil {
+		fs = fs[before:]
+		if st.queued != nil && isNull(fs[len(fs)-1]) {
+			r.unmark(st)
+			return nil, errOvertaken
+		}
+	}
 	if err != nil {
 		r.unmark(st)
 		e.up.abandonPin(st.pin)

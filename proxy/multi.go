@@ -15,11 +15,13 @@ import (
 
 // transaction is what a client has queued since MULTI, as far as it concerns us.
 type transaction struct {
-	dirty      bool // we refused a command of it, so EXEC refuses the whole
-	doomed     bool // Redis refused one, and will refuse the whole, in its own words
-	flush      bool // it has a FLUSHALL or the like, and the stores are fenced with it
-	queued     int  // by Redis
-	subscribes bool // a SUBSCRIBE or its like is among it
+	dirty      bool     // we refused a command of it, so EXEC refuses the whole
+	doomed     bool     // Redis refused one, and will refuse the whole, in its own words
+	flush      bool     // it has a FLUSHALL or the like, and the stores are fenced with it
+	queued     int      // by Redis
+	raws       [][]byte // what it has queued, to be queued again; nil if that was too much
+	size       int      // of raws; more than maxQueued: too much
+	subscribes bool     // a SUBSCRIBE or its like is among it
 	fixes      []fix
 	dbs        []int // databases selected in it, the last one is where its next command is
 	keys       []txKey
@@ -31,6 +33,18 @@ type txKey struct {
 	ref   policy.Ref
 	route *policy.Route
 	write bool
+}
+
+// maxQueued bytes of a transaction's commands are kept, which is less than what Redis keeps of them.
+const maxQueued = 1 << 20
+
+// keep remembers a command that Redis has queued.
+func (t *transaction) keep(raw []byte) {
+	if t.size += len(raw); t.size > maxQueued {
+		t.raws = nil
+		return
+	}
+	t.raws = append(t.raws, bytes.Clone(raw))
 }
 
 // fix is what has to be done with the result of one command when EXEC brings it: it may say something about the session, or
@@ -263,6 +277,9 @@ func (s *session) enqueue(sl *slot, do func(result []byte) []byte) {
 				t.fixes = append(t.fixes, fix{t.queued, do})
 			}
 			t.queued++
+			if s.e.storeInUse() {
+				t.keep(sl.raw)
+			}
 			t.flush = t.flush || s.fences(sl)
 			t.name(sl)
 		} else if t != nil && isError(frame) {
@@ -387,6 +404,9 @@ func (s *session) execRouted(sl *slot) {
 	sl.write = true
 	s.begin(sl)
 	op := &runOp{raw: sl.raw, proto: s.proto, pin: s.pin, watched: s.rows, flush: t.flush}
+	if !s.watching && len(t.raws) == t.queued {
+		op.queued = t.raws
+	}
 	for _, k := range t.keys {
 		op.add(k.ref, k.route, k.write)
 		if k.write {

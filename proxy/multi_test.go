@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"cacheproxy/internal/testenv"
 	"cacheproxy/policy"
@@ -441,5 +442,52 @@ func TestArityInMulti(t *testing.T) {
 		want = direct.do("EXEC")
 		c.want(want, "EXEC")
 		w.raw.do("DEL", "k")
+	}
+}
+
+// What Redis evicts while a transaction is on its way is not missing in it: the rows are loaded, and watched.
+func TestEvictionBeforeExec(t *testing.T) {
+	for _, phase := range []policy.Phase{policy.Phase0, policy.Phase1} {
+		t.Run(phase.String(), func(t *testing.T) {
+			w := newWorld(t)
+			c := w.sidecar(phase).dial(t)
+			stop := make(chan struct{})
+			var evictor sync.WaitGroup
+			evictor.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					case <-time.After(time.Duration(rand.IntN(500)) * time.Microsecond):
+						w.raw.do("DEL", "n")
+					}
+				}
+			})
+			refused := 0
+			for i := 1; i <= 200 && refused < 50; i++ {
+				c.send("MULTI")
+				c.send("INCR", "n")
+				c.send("GET", "n")
+				c.send("EXEC")
+				c.reply()
+				c.reply()
+				c.reply()
+				got := c.reply()
+				if strings.HasPrefix(got, "-UNAVAILABLE") { // evicted each time for as long as it was tried: nothing has happened
+					i--
+					refused++
+					continue
+				}
+				if want := fmt.Sprintf("[:%d %d]", i, i); got != want {
+					t.Errorf("EXEC: %s, want %s", got, want)
+					break
+				}
+			}
+			close(stop)
+			evictor.Wait()
+			if refused == 50 {
+				t.Error("transactions are refused")
+			}
+		})
 	}
 }

@@ -1,0 +1,243 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/redis/go-redis/v9"
+)
+
+// key is one key and everything that clients did to it.
+type key struct {
+	name    string
+	numbers bool // it is counted with, so that INCR makes sense
+
+	mu  sync.Mutex
+	ops []porcupine.Operation // guarded by mu
+}
+
+// note adds a command. Its place is known before it is sent, so that what Redis loses meanwhile is seen to be at the same time.
+func (k *key) note(op porcupine.Operation) {
+	k.mu.Lock()
+	k.ops = append(k.ops, op)
+	k.mu.Unlock()
+}
+
+const (
+	slots = 12
+	// keyOps commands are a key's history; then another one takes its place. The time of a check grows faster than its history.
+	keyOps = 150
+)
+
+// traffic is what clients do, and what they were told.
+type traffic struct {
+	c     *cluster
+	seed  uint64
+	began time.Time
+	stop  chan struct{}
+	count atomic.Uint64 // of values: no two are equal
+
+	mu   sync.Mutex
+	at   [slots]*key // guarded by mu: in use
+	keys []*key      // guarded by mu: all there have been
+
+	commands, refused, unknown atomic.Int64
+	reasons                    sync.Map // what refusals said → *atomic.Int64
+}
+
+func (tr *traffic) now() int64 { return int64(time.Since(tr.began)) }
+
+// key returns one that is in use.
+func (tr *traffic) key(rng *rand.Rand) *key {
+	i := rng.IntN(slots)
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	k := tr.at[i]
+	if k != nil {
+		k.mu.Lock()
+		full := len(k.ops) >= keyOps
+		k.mu.Unlock()
+		if full {
+			k = nil
+		}
+	}
+	if k == nil {
+		k = &key{name: fmt.Sprint("k", len(tr.keys)), numbers: i%3 == 0}
+		tr.at[i] = k
+		tr.keys = append(tr.keys, k)
+	}
+	return k
+}
+
+// all are the keys that there have been: of each, somebody may still see that it was lost.
+func (tr *traffic) all() []*key {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	return slices.Clone(tr.keys)
+}
+
+const swapScript = `local v = redis.call('GET', KEYS[1]); redis.call('SET', KEYS[1], ARGV[1]); return v`
+
+// long is a TTL in seconds that nobody lives to see the end of.
+const long = 1000
+
+// run is one client's life: it has a connection to every sidecar.
+func (tr *traffic) run(n int) {
+	rng := rand.New(rand.NewPCG(tr.seed, uint64(n)))
+	var conns []*redis.Client
+	for _, s := range tr.c.sidecars {
+		conns = append(conns, client(s.addr))
+	}
+	defer func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	}()
+	for {
+		select {
+		case <-tr.stop:
+			return
+		default:
+		}
+		if !tr.command(n, rng, conns[rng.IntN(len(conns))]) {
+			time.Sleep(time.Duration(1+rng.IntN(5)) * time.Millisecond) // a refused client that does not breathe only spins
+		}
+	}
+}
+
+// command does one thing. false: it was refused.
+func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
+	ctx := context.Background()
+	k := tr.key(rng)
+	value := fmt.Sprint(tr.count.Add(1))
+	if !k.numbers {
+		value = "v" + value + "."
+	}
+	var args []any
+	in := []input{{}}
+	keys := []*key{k}
+	tx := false
+	switch p := rng.IntN(100); {
+	case p < 45:
+		args, in[0] = []any{"GET", k.name}, input{verb: get}
+	case p < 57:
+		args, in[0] = []any{"SET", k.name, value}, input{set, value, ""}
+	case p < 62:
+		args, in[0] = []any{"SET", k.name, value, "EX", long}, input{set, value, "EX"}
+	case p < 66:
+		args, in[0] = []any{"SET", k.name, value, "NX"}, input{setNX, value, ""}
+	case p < 74:
+		args, in[0] = []any{"DEL", k.name}, input{verb: del}
+	case p < 80 && k.numbers:
+		args, in[0] = []any{"INCR", k.name}, input{verb: incr}
+	case p < 80:
+		args, in[0] = []any{"APPEND", k.name, value}, input{add, value, ""}
+	case p < 84:
+		args, in[0] = []any{"EXPIRE", k.name, long}, input{verb: expire}
+	case p < 88:
+		args, in[0] = []any{"GETSET", k.name, value}, input{swap, value, "GETSET"}
+	case p < 92:
+		args, in[0] = []any{"EVAL", swapScript, 1, k.name, value}, input{swap, value, "EVAL"}
+	case p < 96:
+		tx = true
+		in[0] = input{swap, value, "MULTI"}
+	default:
+		other := tr.key(rng)
+		args, in[0] = []any{"MSET", k.name, value}, input{set, value, "MSET"}
+		if other != k && other.numbers == k.numbers {
+			args = append(args, other.name, value)
+			in, keys = append(in, in[0]), append(keys, other)
+		}
+	}
+	call := tr.now()
+	var said any
+	var err error
+	if tx {
+		var get *redis.StringCmd
+		_, err = c.TxPipelined(ctx, func(p redis.Pipeliner) error {
+			get = p.Get(ctx, k.name)
+			p.Set(ctx, k.name, value, 0)
+			return nil
+		})
+		if errors.Is(err, redis.Nil) { // of GET
+			err = nil
+		}
+		if err == nil {
+			if said, err = get.Result(); errors.Is(err, redis.Nil) {
+				said, err = nil, nil
+			}
+		}
+	} else {
+		said, err = c.Do(ctx, args...).Result()
+		if errors.Is(err, redis.Nil) {
+			said, err = nil, nil
+		}
+	}
+	back := tr.now()
+	tr.commands.Add(1)
+	out := output{known: true}
+	var reply redis.Error
+	switch {
+	case err == nil && said == nil:
+		out.text = "(nil)"
+	case err == nil:
+		switch v := said.(type) {
+		case string:
+			out.text = v
+		case int64:
+			out.text = fmt.Sprint(":", v)
+		default:
+			out.text = fmt.Sprintf("%T", v)
+		}
+	case !errors.As(err, &reply): // the connection broke
+		out.known = false
+		tr.reason("connection: " + trim(err.Error()))
+	case strings.HasPrefix(err.Error(), "UNCERTAIN"):
+		out.known = false
+		tr.reason(trim(err.Error()))
+	case strings.HasPrefix(err.Error(), "UNAVAILABLE") || strings.HasPrefix(err.Error(), "EXECABORT"):
+		tr.refused.Add(1)
+		tr.reason(trim(err.Error()))
+		return false // nothing was done, which the rest of the history shows
+	default:
+		out.text = "-" + err.Error()
+	}
+	if !out.known {
+		tr.unknown.Add(1)
+		if in[0].verb == get {
+			return false
+		}
+		back = never
+	}
+	for i, k := range keys {
+		k.note(porcupine.Operation{ClientId: n, Input: in[i], Call: call, Output: out, Return: back})
+	}
+	return out.known
+}
+
+// trim keeps what kind of failure it was.
+func trim(s string) string {
+	s, _, _ = strings.Cut(s, "127.0.0.1")
+	return s[:min(len(s), 120)]
+}
+
+func (tr *traffic) reason(text string) {
+	n, _ := tr.reasons.LoadOrStore(text, new(atomic.Int64))
+	n.(*atomic.Int64).Add(1)
+}
+
+// lost notes that Redis has forgotten keys, some time since from.
+func (tr *traffic) lost(from int64, keys ...*key) {
+	back := tr.now()
+	for _, k := range keys {
+		k.note(porcupine.Operation{ClientId: 0, Input: input{verb: gone}, Call: from, Output: output{known: true}, Return: back})
+	}
+}
