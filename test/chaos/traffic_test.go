@@ -161,20 +161,7 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 	var said any
 	var err error
 	if tx {
-		var get *redis.StringCmd
-		_, err = c.TxPipelined(ctx, func(p redis.Pipeliner) error {
-			get = p.Get(ctx, k.name)
-			p.Set(ctx, k.name, value, 0)
-			return nil
-		})
-		if errors.Is(err, redis.Nil) { // of GET
-			err = nil
-		}
-		if err == nil {
-			if said, err = get.Result(); errors.Is(err, redis.Nil) {
-				said, err = nil, nil
-			}
-		}
+		said, err = transaction(ctx, c, k.name, value)
 	} else {
 		said, err = c.Do(ctx, args...).Result()
 		if errors.Is(err, redis.Nil) {
@@ -221,6 +208,30 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 		k.note(porcupine.Operation{ClientId: n, Input: in[i], Call: call, Output: out, Return: back})
 	}
 	return out.known
+}
+
+// transaction is MULTI, GET, SET and EXEC, one after the other: in a pipeline SET would be done although MULTI was refused, as with Redis.
+func transaction(ctx context.Context, c *redis.Client, key, value string) (any, error) {
+	conn := c.Conn()
+	defer conn.Close()
+	if err := conn.Do(ctx, "MULTI").Err(); err != nil {
+		return nil, err
+	}
+	for _, cmd := range [][]any{{"GET", key}, {"SET", key, value}} {
+		if err := conn.Do(ctx, cmd...).Err(); err != nil {
+			var reply redis.Error
+			if errors.As(err, &reply) {
+				conn.Do(ctx, "DISCARD")
+				return nil, fmt.Errorf("%w in MULTI", err)
+			}
+			return nil, err
+		}
+	}
+	results, err := conn.Do(ctx, "EXEC").Slice()
+	if err != nil {
+		return nil, err
+	}
+	return results[0], nil
 }
 
 // trim keeps what kind of failure it was.
