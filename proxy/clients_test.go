@@ -277,6 +277,14 @@ func TestTracking(t *testing.T) {
 			}
 			p.want("+OK", "SET", "k", "4")
 			told("k")
+			c.want("+OK", "CLIENT", "CACHING", "YES") // of all of a transaction
+			c.want("+OK", "MULTI")
+			c.want("+QUEUED", "GET", "k")
+			if got, _ := c.push("EXEC"); got != "[4]" {
+				t.Errorf("EXEC: %q", got)
+			}
+			p.want("+OK", "SET", "k", "4")
+			told("k")
 			c.want("4", "GET", "k")
 			p.want("+OK", "SET", "k", "5") // not asked for
 			c.want("+PONG", "PING")

@@ -57,7 +57,7 @@ type runOp struct {
 	// Of a transaction. raw is EXEC; its commands are queued on pin. watched are rows as they were at WATCH, of keys that have no
 	// copy in Redis.
 	pin     *pin
-	queued  [][]byte // them again; nil if the client watches keys, or there are too many
+	queued  [][]byte // them again; nil if the client watches or tracks keys, or there are too many
 	watched map[string]policy.Row
 	flush   bool // it empties the database: the stores are fenced
 }

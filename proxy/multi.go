@@ -404,7 +404,8 @@ func (s *session) execRouted(sl *slot) {
 	sl.write = true
 	s.begin(sl)
 	op := &runOp{raw: sl.raw, proto: s.proto, pin: s.pin, watched: s.rows, flush: t.flush}
-	if !s.watching && len(t.raws) == t.queued {
+	// What CLIENT CACHING said of the transaction would be gone with the DISCARD.
+	if !s.watching && !s.tracking.on && len(t.raws) == t.queued {
 		op.queued = t.raws
 	}
 	for _, k := range t.keys {
