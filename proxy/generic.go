@@ -60,6 +60,8 @@ type runOp struct {
 	queued  [][]byte // them again; nil if the client watches or tracks keys, or there are too many
 	watched map[string]policy.Row
 	flush   bool // it empties the database: the stores are fenced
+	away    bool // it ends in another database than that of routed keys:
+	db      int
 }
 
 // add names a key, once.
@@ -541,6 +543,19 @@ func (r *runner) tails(st *running) (tails [][]string) {
 	return tails
 }
 
+// queuedTails are the tails of a transaction as requests. They are about keys of the database that routes are for, wherever it ends.
+func (r *runner) queuedTails(st *running) (reqs [][]byte) {
+	tails := r.tails(st)
+	if st.away && len(tails) > 0 {
+		home := []string{"SELECT", strconv.Itoa(r.e.up.dialer.opt.DB)}
+		tails = slices.Concat([][]string{home}, tails, [][]string{{"SELECT", strconv.Itoa(st.db)}})
+	}
+	for _, t := range tails {
+		reqs = append(reqs, appendCommand(nil, t...))
+	}
+	return reqs
+}
+
 // unmark: nothing ran, or if it did all the same, its mark stands in Redis, and the polls find it there.
 func (r *runner) unmark(st *running) { r.e.journal.forgetMarks(st.pick(st.overtaken()), st.version) }
 
@@ -574,7 +589,7 @@ func (r *refusedByRedis) Error() string { return "refused by redis" }
 //	1 k is loaded, and watched    2 Redis evicts k    3 it is loaded again, or not    4 EXEC is refused, for k has changed, and all begins again
 //	1 k is loaded    2 Redis evicts k    3 k is watched    4 it is loaded again: the same
 //
-// Where that cannot be done the transaction would find nothing at k ("Exceptions" in docs/consistency.md).
+// Where that cannot be done the transaction finds nothing at k: exception (d) of P3 in docs/consistency.md.
 func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	e := r.e
 	if st.tx != nil && st.changed(st.rows) {
@@ -618,19 +633,10 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		reqs = append(reqs, appendCommand(nil, "DISCARD"), load, appendCommand(nil, append([]string{"WATCH"}, keys...)...), load, appendCommand(nil, "MULTI"))
 		reqs = append(reqs, st.queued...)
 	}
-	before := len(reqs)
-	for _, t := range r.tails(st) {
-		reqs = append(reqs, appendCommand(nil, t...))
-	}
+	again := len(reqs)
+	reqs = append(reqs, r.queuedTails(st)...)
 	st.epoch = e.up.epoch.Load()
 	fs, err := st.pin.ask(r.runTimeout(), append(reqs, st.raw)...)
-	if err == nil {
-		fs = fs[before:]
-		if st.queued != nil && isNull(fs[len(fs)-1]) {
-			r.unmark(st)
-			return nil, errOvertaken
-		}
-	}
 	if err != nil {
 		r.unmark(st)
 		e.up.abandonPin(st.pin)
@@ -638,8 +644,15 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		e.stats.uncertain.Add(1)
 		return uncertain(st.route(), "the connection to Redis broke").reply(nil), nil
 	}
-	reply, results := r.split(st, fs)
-	if results == nil {
+	reply, results := r.split(st, fs[again:])
+	switch {
+	case again > 0 && isError(fs[again-len(st.queued)-1]): // of MULTI: its user may not say it any more, and the commands ran one by one
+		r.dropCaptured(ctx, st)
+		e.stats.uncertain.Add(1)
+		return uncertain(st.route(), "redis refused the transaction").reply(nil), nil
+	case again > 0 && isNull(reply): // the client watches nothing, so it was evicted
+		return nil, errOvertaken
+	case results == nil:
 		return reply, nil
 	}
 	if err := r.took(st, results); err != nil {
@@ -684,7 +697,11 @@ func (r *runner) split(st *running, fs [][]byte) (reply []byte, results [][]byte
 	for _, f := range all[:n] {
 		reply = append(reply, f...)
 	}
-	return reply, append(make([][]byte, 0, tails), all[n:]...)
+	results = append(make([][]byte, 0, tails), all[n:]...)
+	if st.away && tails > 0 {
+		results = results[1 : tails-1] // what SELECT answered
+	}
+	return reply, results
 }
 
 // runFlush runs a transaction that empties the database, while the stores are fenced: nobody else writes, and all rows are dead with
@@ -706,12 +723,8 @@ func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 				return errOvertaken
 			}
 		}
-		var reqs [][]byte
-		for _, t := range r.tails(st) {
-			reqs = append(reqs, appendCommand(nil, t...))
-		}
 		sentIt = true
-		fs, err := st.pin.ask(flushTime, append(reqs, st.raw)...)
+		fs, err := st.pin.ask(flushTime, append(r.queuedTails(st), st.raw)...)
 		if err != nil {
 			e.up.abandonPin(st.pin)
 			st.pin.drop(err)

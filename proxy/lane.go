@@ -71,7 +71,7 @@ type lane struct {
 	silent  time.Time    // guarded by mu: when deaf first suspected it
 	heard   atomic.Int64 // when Redis last said something here, or took a piece of a large value, Unix ns
 	working atomic.Bool  // what it said is being delivered
-	busy    atomic.Bool  // the last thing that keepAwake made it say is that a script is running
+	busy    atomic.Int64 // heard, when keepAwake was told that a script is running
 	done    sync.WaitGroup
 	stop    context.CancelFunc
 	ctx     context.Context
@@ -479,7 +479,9 @@ func (l *lane) keepAwake(now time.Time, d time.Duration) {
 type awake struct{ l *lane }
 
 func (a *awake) reply(_ uint64, frame []byte) {
-	a.l.busy.Store(bytes.HasPrefix(frame, []byte("-BUSY ")))
+	if bytes.HasPrefix(frame, []byte("-BUSY ")) {
+		a.l.busy.Store(a.l.heard.Load())
+	}
 }
 func (a *awake) failed(uint64, bool, error) {}
 func (a *awake) overdue(uint64)             {}

@@ -404,8 +404,11 @@ func (s *session) execRouted(sl *slot) {
 	sl.write = true
 	s.begin(sl)
 	op := &runOp{raw: sl.raw, proto: s.proto, pin: s.pin, watched: s.rows, flush: t.flush}
-	// What CLIENT CACHING said of the transaction would be gone with the DISCARD.
-	if !s.watching && !s.tracking.on && len(t.raws) == t.queued {
+	if op.away = !s.atHome(); op.away {
+		op.db = t.dbs[len(t.dbs)-1]
+	}
+	// What CLIENT CACHING said of the transaction would be gone with the DISCARD. In another database there is nothing to load.
+	if !s.watching && !s.tracking.on && s.db == s.e.up.dialer.opt.DB && len(t.raws) == t.queued {
 		op.queued = t.raws
 	}
 	for _, k := range t.keys {

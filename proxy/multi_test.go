@@ -491,3 +491,48 @@ func TestEvictionBeforeExec(t *testing.T) {
 		})
 	}
 }
+
+// A transaction may begin and end in another database than that of routed keys: what it does to those is mirrored, and the other one is left alone.
+func TestExecAcrossDatabases(t *testing.T) {
+	for _, phase := range policy.Phases() {
+		if !phase.Rules().UsesStore {
+			continue
+		}
+		t.Run(phase.String(), func(t *testing.T) {
+			w := newWorld(t)
+			s := w.sidecar(phase)
+			c, d := s.dial(t), s.dial(t)
+			exec := func(want string, cmds ...string) {
+				t.Helper()
+				c.want("+OK", "MULTI")
+				for _, cmd := range cmds {
+					c.want("+QUEUED", strings.Fields(cmd)...)
+				}
+				c.want(want, "EXEC")
+			}
+			other := dial(t, w.redis.Addr())
+			other.want("+OK", "SELECT", "5")
+			alone := func(want string) {
+				t.Helper()
+				if got := other.do("KEYS", "*"); got != want {
+					t.Errorf("the other database holds %s, want %s", got, want)
+				}
+			}
+
+			exec("[+OK +OK +OK]", "SET a 1", "SELECT 5", "SET x 1") // it leaves
+			d.want("1", "GET", "a")
+			alone("[x]")
+			exec("[+OK :2]", "SELECT 0", "INCR a") // and comes back
+			d.want("2", "GET", "a")
+			alone("[x]")
+			exec("[:3 3 +OK 1]", "INCR a", "GETSET a 9", "SELECT 5", "GET x")
+			c.want("1", "GET", "x") // there it is now
+			d.want("9", "GET", "a")
+			alone("[x]")
+			if row := w.stored("a"); phase.Rules().Write.KeepsRow() && row != "9" {
+				t.Errorf("the row is %s", row)
+			}
+			w.journalEmpty()
+		})
+	}
+}

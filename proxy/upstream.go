@@ -413,10 +413,10 @@ func (u *upstream) expireLoop(ctx context.Context) {
 			for _, l := range u.all {
 				l.keepAwake(now, lanesAwake)
 			}
-			if u.control.busy.Load() {
+			spoke := u.control.heard.Load()
+			if spoke == u.control.busy.Load() {
 				continue // it speaks here, and cannot where the script's answer is due
 			}
-			spoke := u.control.heard.Load()
 			for _, l := range u.all {
 				if l.deaf(deafTime, spoke) {
 					u.log.Warn("a connection to redis leads nowhere and is dropped")
