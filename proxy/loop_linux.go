@@ -22,9 +22,9 @@ type loop struct {
 	ep    *poller
 	bell  int          // an eventfd: ends the sleep
 	lanes *sharedLanes // static; nil: none of its own
-	// static: there are processors for others while it looks for something to do
-	parallel bool
-	ended    chan struct{}
+	ended chan struct{}
+
+	parallel bool // static: there are processors for others while it looks for something to do
 
 	mu     sync.Mutex
 	asleep bool            // guarded by mu: waits for events, or is about to
@@ -95,8 +95,8 @@ func (l *loop) run() {
 
 // maxSpin is how long a loop looks again and again for something to do before it sleeps. To fall asleep and be woken costs two switches of the
 // processor and, on a virtual machine, an exit from it: of a client that asks one thing at a time that is most of the added latency. A loop that
-// looks offers its processor to other threads each time; other goroutines have the other ones. The rule is that of the Linux kernel's halt polling: whoever slept longer than
-// this has looked in vain, and does not look the next time; whoever was woken sooner should have.
+// looks offers its processor to other threads each time; other goroutines have the other ones. The rule is that of the Linux kernel's halt
+// polling: whoever slept longer than this has looked in vain, and does not look the next time; whoever was woken sooner should have.
 //
 // It is for whoever asks one thing at a time. Where many clients ask, a loop that sleeps finds more of them when it wakes up, and Redis gets more in one
 // write; one that looks takes their processor (measured: a tenth less throughput at 50 connections). So it looks when fewTurns in

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -44,23 +43,8 @@ func eventually(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// output collects what a program prints while tests read it.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.String()
-}
+// output is what a program prints.
+type output struct{ testenv.Output }
 
 func (o *output) has(words ...string) bool {
 	s := o.String()

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,29 +18,10 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// built is the program as it is shipped: without the race detector, which multiplies memory.
-var built = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "cpb")
-	if err != nil {
-		return "", err
-	}
-	bin := filepath.Join(dir, "cacheproxy")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, ".")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	return bin, nil
-})
-
 // execBuilt starts the program as it is shipped.
 func (s *site) execBuilt(args ...string) *program {
 	s.t.Helper()
-	bin, err := built()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return s.start(exec.Command(bin, args...))
+	return s.start(exec.Command(testenv.Program(s.t), args...))
 }
 
 // memory reads a figure in MiB of the process's status.

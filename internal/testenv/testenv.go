@@ -1,7 +1,7 @@
-// Package testenv gives tests a real Redis, a real Postgres, and a TCP link between them and the code under test that
-// can be cut, frozen and slowed.
+// Package testenv gives tests a real Redis, a real Postgres, a TCP link between them and the code under test that
+// can be cut, frozen and slowed, and the program as it is shipped.
 //
-// A package that uses Postgres calls Main from its TestMain:
+// A package that uses Postgres or the program calls Main from its TestMain:
 //
 //	func TestMain(m *testing.M) { testenv.Main(m) }
 //
@@ -43,7 +43,7 @@ var shared struct {
 	count   atomic.Int64
 }
 
-// Main runs the tests of a package, stops the servers that they shared, and fails if a goroutine is left. It does not
+// Main runs the tests of a package, stops the servers and removes the program that they shared, and fails if a goroutine is left. It does not
 // return.
 func Main(m *testing.M) {
 	shared.managed.Store(true)
@@ -66,8 +66,10 @@ func stopShared() error {
 	if shared.server != nil {
 		err = shared.server.Stop()
 	}
-	if shared.dir != "" {
-		err = errors.Join(err, os.RemoveAll(shared.dir))
+	for _, dir := range []string{shared.dir, program.dir} {
+		if dir != "" {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
 	}
 	return err
 }

@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -257,4 +259,24 @@ func TestLinkPassesAHalfClose(t *testing.T) {
 	c.expect("$3")
 	c.expect("bye")
 	c.expectClosed()
+}
+
+func TestOutput(t *testing.T) {
+	var o testenv.Output
+	var all sync.WaitGroup
+	for range 10 {
+		all.Go(func() {
+			for range 100 {
+				fmt.Fprintln(&o, "a line")
+				_ = o.String()
+			}
+		})
+	}
+	all.Wait()
+	if got := strings.Count(o.String(), "a line\n"); got != 1000 || len(o.String()) != 1000*len("a line\n") {
+		t.Errorf("%d lines in %d bytes", got, len(o.String()))
+	}
+	if o.Tail(5) != "line\n" || o.Tail(1<<20) != o.String() {
+		t.Errorf("the tail is %q", o.Tail(5))
+	}
 }

@@ -72,14 +72,13 @@ func TestChaos(t *testing.T) {
 		}
 		seed = n
 	}
-	bin := build(t)
 	each := length / time.Duration(len(fleets)*len(nemeses))
 	var all []outcome
 	for _, fleet := range fleets {
 		for _, n := range nemeses {
 			name := strings.Join(slices.Compact(slices.Clone(fleet)), "+")
 			t.Run(name+"/"+n.name, func(t *testing.T) {
-				o := chaos(t, bin, fleet, n, each, seed)
+				o := chaos(t, fleet, n, each, seed)
 				o.fleet, o.nemesis = name, n.name
 				all = append(all, o)
 			})
@@ -88,9 +87,9 @@ func TestChaos(t *testing.T) {
 	t.Log("\n" + report(all))
 }
 
-func chaos(t *testing.T, bin string, fleet []string, n nemesis, length time.Duration, seed uint64) (o outcome) {
+func chaos(t *testing.T, fleet []string, n nemesis, length time.Duration, seed uint64) (o outcome) {
 	r := &run{nemesis: n, redisAlone: slices.ContainsFunc(fleet, func(p string) bool { return p == "phase2" || p == "drain" })}
-	r.traffic = traffic{c: newCluster(t, bin, fleet), seed: seed, began: time.Now(), stop: make(chan struct{})}
+	r.traffic = traffic{c: newCluster(t, fleet), seed: seed, began: time.Now(), stop: make(chan struct{})}
 	var wg sync.WaitGroup
 	for i := range clients {
 		wg.Go(func() { r.run(i + 1) })

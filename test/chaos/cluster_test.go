@@ -1,7 +1,6 @@
 package chaos
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -26,19 +25,6 @@ func init() { logging.Disable() }
 // patience bounds what must come true once everything is well again.
 const patience = 60 * time.Second
 
-// build makes the binary as `make build` does.
-func build(t *testing.T) string {
-	t.Helper()
-	bin := filepath.Join(t.TempDir(), "cacheproxy")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "./cmd/cacheproxy")
-	cmd.Dir = filepath.Join("..", "..")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return bin
-}
-
 // cluster is a Redis, a Postgres, and the sidecars before them, each with links of its own to both.
 type cluster struct {
 	t        *testing.T
@@ -50,35 +36,17 @@ type cluster struct {
 // sidecar is one process of the proxy as it is shipped.
 type sidecar struct {
 	t                *testing.T
-	bin, config      string
+	config           string
 	phase            string
 	addr, observe    string
 	toRedis, toStore *testenv.Link
-	log              logFile
+	log              testenv.Output
 
 	mu  sync.Mutex
 	cmd *exec.Cmd // guarded by mu; nil: it is down
 }
 
-type logFile struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (l *logFile) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logFile) tail() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b := l.b.Bytes()
-	return string(b[max(0, len(b)-4000):])
-}
-
-func newCluster(t *testing.T, bin string, phases []string) *cluster {
+func newCluster(t *testing.T, phases []string) *cluster {
 	t.Helper()
 	c := &cluster{t: t, redis: testenv.Redis(t), pg: testenv.PostgresServer(t)}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -87,7 +55,7 @@ func newCluster(t *testing.T, bin string, phases []string) *cluster {
 		t.Fatal(err)
 	}
 	for _, phase := range phases {
-		s := &sidecar{t: t, bin: bin, phase: phase, toRedis: testenv.NewLink(t, c.redis.Addr()), toStore: testenv.NewLink(t, c.pg.Addr())}
+		s := &sidecar{t: t, phase: phase, toRedis: testenv.NewLink(t, c.redis.Addr()), toStore: testenv.NewLink(t, c.pg.Addr())}
 		addr := func() string { return fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t)) }
 		s.addr, s.observe = addr(), addr()
 		s.config = filepath.Join(t.TempDir(), "config.yaml")
@@ -109,7 +77,7 @@ routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
 		t.Cleanup(func() {
 			s.kill()
 			if t.Failed() {
-				t.Logf("the log of the sidecar in %s ends:\n%s", phase, s.log.tail())
+				t.Logf("the log of the sidecar in %s ends:\n%s", phase, s.log.Tail(4000))
 			}
 		})
 	}
@@ -120,7 +88,7 @@ routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
 func (s *sidecar) start() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	cmd := exec.Command(s.bin, "serve", "--config", s.config)
+	cmd := exec.Command(testenv.Program(s.t), "serve", "--config", s.config)
 	cmd.Env = []string{"HOME=" + filepath.Dir(s.config)}
 	cmd.Stdout, cmd.Stderr = &s.log, &s.log
 	if err := cmd.Start(); err != nil {

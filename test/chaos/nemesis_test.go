@@ -47,11 +47,8 @@ var nemeses = []nemesis{
 	{"kill redis", true, func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 700*ms, 1500*ms) {
 			from := r.now()
-			r.must(r.c.redis.Kill())
-			r.sleep(rng, 0, 500*ms)
-			r.must(r.c.redis.Restart())
+			r.restart(rng, r.c.redis)
 			r.forgotten(from, r.all()...)
-			r.faults.Add(1)
 		}
 	}},
 	{"pause redis", true, func(r *run, rng *rand.Rand) {
@@ -64,10 +61,7 @@ var nemeses = []nemesis{
 	}},
 	{"kill postgres", false, func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 700*ms, 1500*ms) {
-			r.must(r.c.pg.Kill())
-			r.sleep(rng, 0, 500*ms)
-			r.must(r.c.pg.Restart())
-			r.faults.Add(1)
+			r.restart(rng, r.c.pg)
 		}
 	}},
 	{"kill a sidecar", false, func(r *run, rng *rand.Rand) {
@@ -85,6 +79,17 @@ var nemeses = []nemesis{
 	{"cut from postgres", false, func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toStore })
 	}},
+}
+
+// restart is kill -9, and a start a little later.
+func (r *run) restart(rng *rand.Rand, server interface {
+	Kill() error
+	Restart() error
+}) {
+	r.must(server.Kill())
+	r.sleep(rng, 0, 500*ms)
+	r.must(server.Restart())
+	r.faults.Add(1)
 }
 
 // links cuts, freezes and slows one sidecar's link at a time.

@@ -2,7 +2,6 @@ package soak
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,7 +15,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -31,42 +29,11 @@ type process struct {
 	t                    *testing.T
 	cmd                  *exec.Cmd
 	addr, observe, admin string
-	log                  logFile
+	log                  testenv.Output
 	judged               int // how much of log has been looked at
 }
 
-// logFile is written by one goroutine and read by another one.
-type logFile struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (l *logFile) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logFile) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// build makes the binary as `make build` does.
-func build(t *testing.T) string {
-	t.Helper()
-	bin := filepath.Join(t.TempDir(), "cacheproxy")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "./cmd/cacheproxy")
-	cmd.Dir = filepath.Join("..", "..")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return bin
-}
-
-func startProxy(t *testing.T, bin, redisURL, pgURL, routes string) *process {
+func startProxy(t *testing.T, redisURL, pgURL, routes string) *process {
 	t.Helper()
 	addr := func() string { return fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t)) }
 	p := &process{t: t, addr: addr(), observe: addr(), admin: addr()}
@@ -90,7 +57,7 @@ routes: %s
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.cmd = exec.Command(bin, "serve", "--config", config)
+	p.cmd = exec.Command(testenv.Program(t), "serve", "--config", config)
 	p.cmd.Env = []string{"HOME=" + dir}
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	if err := p.cmd.Start(); err != nil {
@@ -105,8 +72,8 @@ routes: %s
 		if err := p.cmd.Wait(); err != nil {
 			t.Errorf("the proxy ends with %v", err)
 		}
-		if log := p.log.String(); t.Failed() {
-			t.Logf("the proxy says:\n%s", log[max(0, len(log)-20_000):])
+		if t.Failed() {
+			t.Logf("the proxy says:\n%s", p.log.Tail(20_000))
 		}
 	})
 	soon(t, "the proxy is ready", func() error { _, err := get("http://" + p.observe + "/readyz"); return err })

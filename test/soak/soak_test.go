@@ -44,14 +44,13 @@ const clients = 200
 func TestSoak(t *testing.T) {
 	length := setting(t, "SOAK", time.ParseDuration, 40*time.Second) / 2
 	seed := setting(t, "SOAK_SEED", func(s string) (uint64, error) { return strconv.ParseUint(s, 10, 64) }, uint64(time.Now().UnixNano()))
-	bin := build(t)
 	for _, cfg := range []struct{ name, routes string }{
 		{"no routes", "[]"},
 		{"routes", "[{name: two, match: 'two:*', phase: phase2, on_unknown: error}, {name: all, match: '*', phase: phase1, on_unknown: error}]"},
 	} {
 		t.Run(cfg.name, func(t *testing.T) {
 			t.Logf("SOAK_SEED=%d", seed)
-			w := newWorld(t, bin, cfg.routes, seed)
+			w := newWorld(t, cfg.routes, seed)
 			defer w.report()
 			w.section(2 * time.Second) // makes the connections that stay
 			w.checkpoint(nil)
@@ -88,7 +87,7 @@ type world struct {
 	ends     map[string]int // guarded by mu
 }
 
-func newWorld(t *testing.T, bin, routes string, seed uint64) *world {
+func newWorld(t *testing.T, routes string, seed uint64) *world {
 	w := &world{
 		t: t, seed: seed, ledger: &ledger{elems: map[string]*element{}}, large: make(chan struct{}, 4), monitor: make(chan struct{}, 1),
 		ends: map[string]int{},
@@ -97,7 +96,7 @@ func newWorld(t *testing.T, bin, routes string, seed uint64) *world {
 	if routes != "[]" {
 		w.pgURL = testenv.Postgres(t)
 	}
-	w.proxy = startProxy(t, bin, r.URL(), w.pgURL, routes)
+	w.proxy = startProxy(t, r.URL(), w.pgURL, routes)
 	w.redis = dialPlain(t, r.Addr())
 	w.redis.do("CLIENT", "SETNAME", ours)
 	return w
