@@ -27,7 +27,7 @@ func letGo(b []byte) {
 	go func() {
 		defer collecting.Store(false)
 		// With much alive the collector's own pace is as quick as this one, and a run costs more.
-		if garbage.Load() < liveHeap() {
+		if n := garbage.Load(); n < heap()-n {
 			return
 		}
 		garbage.Store(0)
@@ -35,9 +35,9 @@ func letGo(b []byte) {
 	}()
 }
 
-// liveHeap is how many bytes the last run of the collector has left.
-func liveHeap() int64 {
-	s := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+// heap is how many bytes are alive or not yet collected.
+func heap() int64 {
+	s := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(s)
 	return int64(s[0].Value.Uint64())
 }
