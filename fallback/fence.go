@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -34,10 +35,16 @@ func (s *Store) Fence(ctx context.Context, scope string, during func(context.Con
 
 // Lift makes the next numbers (see Tx.Number) higher than above, if they are not already. It is for a server
 // that forgot its last moments: numbers that it gave to transactions that never committed may come again,
-// and whoever remembers the higher one elsewhere would refuse them.
-func (s *Store) Lift(ctx context.Context, above int64) error {
-	return s.exclusive(ctx, "lift the number", func(b *pgx.Batch) { b.Queue(liftSQL, above) },
-		func(context.Context) error { return nil })
+// and whoever remembers the higher one elsewhere would refuse them. It tells whether they were not.
+func (s *Store) Lift(ctx context.Context, above int64) (lifted bool, err error) {
+	queue := func(b *pgx.Batch) {
+		b.Queue(liftSQL, above).Exec(func(tag pgconn.CommandTag) error {
+			lifted = tag.RowsAffected() > 0
+			return nil
+		})
+	}
+	err = s.exclusive(ctx, "lift the number", queue, func(context.Context) error { return nil })
+	return lifted && err == nil, err
 }
 
 // exclusive runs what queue adds and then during in one transaction that no Tx overlaps.

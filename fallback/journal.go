@@ -33,9 +33,24 @@ WHERE NOT EXISTS (SELECT FROM cacheproxy.journal j WHERE j.id = u.known)
 HAVING count(*) > 0
 RETURNING id`
 	strikeSQL = `DELETE FROM cacheproxy.journal WHERE id = ANY ($1::bigint[])`
-	takeSQL   = strikeSQL + ` RETURNING id, keys, routes`
-	clockSQL  = `SELECT clock_timestamp()`
-	pollSQL   = `
+	// The rows of what is struck count as changed now. What Redis is told because of an entry may be lost in a failover like any write, and
+	// only what changed since the clock there is looked at then (see Store.ChangedSince):
+	//
+	//	1 K's row changes while Redis cannot be reached: entry E    2 an hour later Redis is back, and a sidecar sets the clock there
+	//	3 K is deleted in Redis, and E struck    4 Redis fails over to a replica that has the clock, and K
+	takeSQL = `
+WITH struck AS (` + strikeSQL + ` RETURNING id, keys, routes),
+touched AS (
+    UPDATE cacheproxy.entries SET updated_at = clock_timestamp()
+    WHERE key = ANY (ARRAY(SELECT unnest(s.keys) FROM struck s))
+)
+SELECT id, keys, routes FROM struck ORDER BY id`
+	namedSQL = `
+SELECT DISTINCT u.key
+FROM cacheproxy.journal j CROSS JOIN unnest(j.keys) AS u(key)
+WHERE j.keys && $1::text[] AND u.key = ANY ($1::text[])`
+	clockSQL = `SELECT clock_timestamp()`
+	pollSQL  = `
 SELECT id, keys, routes, greatest((extract(epoch FROM clock_timestamp() - created_at) * 1000000)::bigint, 0)
 FROM cacheproxy.journal
 WHERE id > $2::bigint

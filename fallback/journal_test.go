@@ -62,6 +62,37 @@ func TestIntentsLiveUntilTheyAreStruck(t *testing.T) {
 	}
 }
 
+// What a transaction sees of the journal: the keys that are named, and that what it strikes counts as changed.
+func TestNamedAndStruck(t *testing.T) {
+	s := open(t)
+	a, b, c := policy.Ref{Route: "r", Key: "a"}, policy.Ref{Route: "q", Key: "b"}, policy.Ref{Route: "r", Key: "c"}
+	all := []policy.Ref{a, b, c}
+	id, err := begin(t, s, all).Commit(testContext(t), []policy.Change{put(a, "v"), put(b, "v"), put(c, "v")}, CommitOptions{Journal: []policy.Ref{a, b}})
+	must(t, err)
+	p, err := s.Poll(testContext(t), 0)
+	must(t, err)
+	tx := begin(t, s, all)
+	named, err := tx.Named(testContext(t), []string{"a", "c", "absent"})
+	if err != nil || len(named) != 1 || !named["a"] {
+		t.Errorf("named: %v %v", named, err)
+	}
+	_, err = tx.Strike(testContext(t), []int64{id})
+	must(t, err)
+	if named, err = tx.Named(testContext(t), []string{"a", "b"}); err != nil || len(named) != 0 {
+		t.Errorf("named although struck: %v %v", named, err)
+	}
+	_, err = tx.Commit(testContext(t), nil, CommitOptions{})
+	must(t, err)
+	if _, err := tx.Named(testContext(t), []string{"a"}); err == nil {
+		t.Error("looked after the end")
+	}
+	// ChangedSince looks ten seconds further back.
+	refs, err := s.ChangedSince(testContext(t), p.Now.Add(commitLag), "", 0)
+	if err != nil || !slices.Equal(refs, []policy.Ref{a, b}) {
+		t.Errorf("changed: %v %v", refs, err)
+	}
+}
+
 // A key that an entry names already needs no other, for as long as that one is there.
 func TestKnownIntentsAreNotRepeated(t *testing.T) {
 	s := open(t)

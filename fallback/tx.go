@@ -237,7 +237,7 @@ func (t *Tx) Commit(ctx context.Context, changes []policy.Change, opt CommitOpti
 	return intent, nil
 }
 
-// Strike deletes journal rows and returns those that were there; Commit makes that lasting. All their keys should be among the refs
+// Strike deletes journal rows and returns those that were there; Commit makes that lasting. The rows of their keys count as changed now (see ChangedSince). All their keys should be among the refs
 // of Begin (see CommitOptions.Known), which the caller judges by what is returned. After an error the Tx is to be rolled back.
 func (t *Tx) Strike(ctx context.Context, ids []int64) ([]Intent, error) {
 	if t.ended {
@@ -256,6 +256,26 @@ func (t *Tx) Strike(ctx context.Context, ids []int64) ([]Intent, error) {
 		return newIntent(id, keys, routes), err
 	})
 	return intents, wrap("strike", err)
+}
+
+// Named tells which of keys a journal row names. Of keys among the refs of Begin that is so until this Tx ends. After an error the Tx is to be rolled back.
+func (t *Tx) Named(ctx context.Context, keys []string) (map[string]bool, error) {
+	if t.ended {
+		return nil, wrap("look into the journal", errEnded)
+	}
+	ctx, cancel := t.s.within(ctx)
+	defer cancel()
+	rows, err := t.conn.Query(ctx, namedSQL, keys)
+	if err != nil {
+		return nil, wrap("look into the journal", err)
+	}
+	named := map[string]bool{}
+	var key string
+	_, err = pgx.ForEachRow(rows, []any{&key}, func() error {
+		named[key] = true
+		return nil
+	})
+	return named, wrap("look into the journal", err)
 }
 
 // commitError decides whether COMMIT may have been executed. The whole batch ends in one Sync, so after an

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -99,6 +100,7 @@ func newEngine(cfg Config, store Store) (*engine, error) {
 		return nil, err
 	}
 	e.router.Store(router)
+	breakRules(e)
 	return e, nil
 }
 
@@ -145,8 +147,11 @@ func (e *engine) keepsRows(ref policy.Ref) bool {
 }
 
 // mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, so a
-// missing row says nothing.
+// missing row says nothing. A phase that does not read Redis was not entered before the store had everything.
 func (e *engine) mayBeInRedis(r *policy.Route) bool {
+	if !r.Phase.Rules().ReadsRedis {
+		return false
+	}
 	redisOnly := func(p policy.Phase) bool { return !p.Rules().Write.KeepsRow() }
 	if redisOnly(r.Phase) {
 		return true
@@ -278,7 +283,7 @@ func (e *engine) repairWindow(ctx context.Context, clock time.Time) error {
 	if !clock.IsZero() && now.Sub(clock) < e.cfg.Window {
 		since = clock.Add(-recoveryMargin)
 	}
-	n := 0
+	n := int64(0)
 	for after := ""; ; {
 		refs, err := e.store.ChangedSince(ctx, since, after, maxRepair)
 		if e.store.note("window", err) != nil {
@@ -288,22 +293,22 @@ func (e *engine) repairWindow(ctx context.Context, clock time.Time) error {
 			break
 		}
 		after = refs[len(refs)-1].Key
-		if err := e.repairPage(ctx, refs); err != nil {
+		done, err := e.repairPage(ctx, refs)
+		if err != nil {
 			return err
 		}
-		n += len(refs)
+		e.stats.repairs[restarted].Add(done)
+		n += done
 	}
-	e.journal.mu.Lock()
-	e.journal.repairs["restart"] += int64(n)
-	e.journal.mu.Unlock()
-	e.log.Info("redis was restarted or replaced; its copies of changed keys were dropped", zap.Int("keys", n), zap.Bool("clock", !since.IsZero()))
+	e.log.Info("redis was restarted or replaced; its copies of changed keys were dropped", zap.Int64("keys", n), zap.Bool("clock", !since.IsZero()))
 	return nil
 }
 
-func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) error {
+// repairPage tells how many keys it has dropped: those that have a row and no mark.
+func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int64, err error) {
 	tx, err := e.store.lock(ctx, refs)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer tx.Rollback()
 	var keys []string
@@ -313,19 +318,22 @@ func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) error {
 		}
 	}
 	if len(keys) == 0 {
-		return nil
+		return 0, nil
 	}
 	rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "1")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, r := range rs {
-		if r.code == keyRefused {
+		switch r.code {
+		case keyRefused:
 			e.lift(ctx, tx, rs)
-			return errOvertaken // the next attempt does this page again
+			return 0, errOvertaken // the next attempt does this page again
+		case keyDone:
+			dropped++
 		}
 	}
-	return nil
+	return dropped, nil
 }
 
 // noStore stands where no store is configured: every route is in phase3, or there are none.
@@ -343,11 +351,11 @@ func (noStore) ChangedSince(context.Context, time.Time, string, int) ([]policy.R
 func (noStore) Fence(ctx context.Context, _ string, during func(context.Context) error) error {
 	return during(ctx)
 }
-func (noStore) Lift(context.Context, int64) error { return errStoreDown }
-func (noStore) Unavailable(err error) bool        { return errors.Is(err, errStoreDown) }
-func (noStore) Uncertain(error) bool              { return false }
-func (noStore) BadData(error) bool                { return false }
-func (noStore) Overloaded(error) bool             { return false }
+func (noStore) Lift(context.Context, int64) (bool, error) { return false, errStoreDown }
+func (noStore) Unavailable(err error) bool                { return errors.Is(err, errStoreDown) }
+func (noStore) Uncertain(error) bool                      { return false }
+func (noStore) BadData(error) bool                        { return false }
+func (noStore) Overloaded(error) bool                     { return false }
 
 // storeInUse: some route's phase has a store.
 func (e *engine) storeInUse() bool { return usesStore(e.router.Load()) }
@@ -355,11 +363,12 @@ func (e *engine) storeInUse() bool { return usesStore(e.router.Load()) }
 // flushTime bounds FLUSHALL and its kin: the store is locked meanwhile.
 const flushTime = 8 * time.Second
 
-// flush runs a FLUSHALL, FLUSHDB or SWAPDB while the store is fenced: nobody writes between the two.
+// flush runs a FLUSHALL, FLUSHDB or SWAPDB while the store is fenced: nobody writes between the two, and nothing is promoted (see scriptGrant).
 func (e *engine) flush(raw []byte) []byte {
 	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
 	defer cancel()
 	var reply []byte
+	closing := e.journal.version()
 	sentIt := false
 	err := e.store.Fence(ctx, "", func(ctx context.Context) error {
 		// A fresh connection: one that lay idle may be dead, and nobody could tell whether the flush had run.
@@ -370,7 +379,8 @@ func (e *engine) flush(raw []byte) []byte {
 		}
 		conn := newRunConn(l)
 		sentIt = true
-		fs, err := conn.ask(raw, 1, flushTime)
+		// In one packet, which Redis works off before it turns to others. MULTI would be refused by a Redis that has no memory left.
+		fs, err := conn.ask(appendCommand(slices.Clone(raw), closes(closing)...), 2, flushTime)
 		if err != nil {
 			e.up.abandon(conn.link)
 			conn.Close() //nolint:errcheck // given up
@@ -381,20 +391,34 @@ func (e *engine) flush(raw []byte) []byte {
 		reply = fs[0]
 		return errorOf(reply)
 	})
+	e.reopen(ctx, closing, err)
+	if err == nil {
+		e.stats.fences.Add(1)
+	}
 	switch {
 	case reply != nil && (err == nil || isError(reply)):
 		if err == nil {
-			e.stats.fences.Add(1)
 			e.journal.flushed()
 		}
 		return reply
 	case sentIt:
-		e.stats.uncertain.Add(1)
-		return uncertain(nil, "the flush was not confirmed").reply(nil)
+		return e.stats.unsure(nil, "the flush was not confirmed").reply(nil)
 	case e.store.gone(err):
 		return unavailable(nil, "postgres cannot be reached, and its rows would survive the flush").reply(nil)
 	}
 	return unavailable(nil, "redis cannot be reached").reply(nil)
+}
+
+// closes is the command that keeps readers from promoting, until reopen.
+func closes(value string) []string { return []string{"SET", closedName, value, "PX", closedMS} }
+
+// reopen lets readers promote again after a fence that ended with err. If its fate is unknown the rows may die yet, and it stays closed until that can no longer be.
+func (e *engine) reopen(ctx context.Context, value string, err error) {
+	if e.store.Uncertain(err) {
+		return
+	}
+	// What fails is cured by time.
+	_, _ = e.up.eval(ctx, scriptOpen, func(dst []string) []string { return append(dst, "1", closedName, value) })
 }
 
 // flushed: Redis's journal is empty by command.

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"strconv"
 	"sync"
@@ -38,7 +39,8 @@ type answer struct {
 type load struct {
 	ref     policy.Ref
 	route   *policy.Route
-	direct  bool // Redis is not asked: phase0, a stale copy, an outage
+	direct  bool      // Redis is not asked: phase0, a stale copy, an outage
+	again   time.Time // when it first began again because both journals name the key; zero: never
 	waiters []func(answer)
 }
 
@@ -164,6 +166,7 @@ func (f *filler) run(ctx context.Context) {
 			f.mu.Lock()
 			n := min(len(f.queue), maxBatch)
 			batch := append([]*load(nil), f.queue[:n]...)
+			clear(f.queue[:n]) // or the array would keep whoever waits for them
 			f.queue = f.queue[n:]
 			f.mu.Unlock()
 			if n == 0 {
@@ -266,7 +269,7 @@ func (f *filler) grant(ctx context.Context, loads []*load) (token string, epoch 
 	for i, l := range loads {
 		upto[i] = f.joined(l)
 	}
-	rs, err := f.e.up.script(ctx, scriptGrant, keys, token, readMS)
+	rs, err := f.ask(ctx, epoch, scriptGrant, keys, token, readMS)
 	if err != nil {
 		return "", 0, nil, nil, err
 	}
@@ -286,6 +289,20 @@ func (f *filler) grant(ctx context.Context, loads []*load) (token string, epoch 
 		}
 	}
 	return token, epoch, granted, held, nil
+}
+
+// ask runs a script on behalf of a reader. What a Redis says that has been lost since epoch counts for nothing: it may be another, or an older one, and is not
+// verified yet.
+func (f *filler) ask(ctx context.Context, epoch uint64, s *script, keys []string, argv ...string) ([]keyReply, error) {
+	up := f.e.up
+	if !up.trusted() {
+		return nil, errLost
+	}
+	rs, err := up.script(ctx, s, keys, argv...)
+	if err == nil && up.epoch.Load() != epoch {
+		return nil, errLost
+	}
+	return rs, err
 }
 
 // requeue begins loads again from the start.
@@ -336,7 +353,7 @@ func (f *filler) promote(ctx context.Context, loads []*load, token string, epoch
 			f.finish(l, e.unknown(l.route, err), f.joined(l))
 		}
 		// Nobody should wait for a lease that promises nothing.
-		_, _ = e.up.script(ctx, scriptAbsent, keys, token, "0")
+		_, _ = f.ask(ctx, epoch, scriptAbsent, keys, token, "0")
 		return nil, nil
 	}
 	var live, absent []int
@@ -351,17 +368,21 @@ func (f *filler) promote(ctx context.Context, loads []*load, token string, epoch
 	}
 	// A lease that another run of Redis granted is void: what a restart brought back may carry its token.
 	if e.up.epoch.Load() != epoch {
+		e.stats.refusedPromotions.Add(int64(len(live)))
 		return nil, loads
 	}
 	if len(live) > 0 {
 		upto := f.mark(loads, live)
-		rs, err := e.up.script(ctx, scriptPromote, pick(keys, live), argv...)
+		rs, err := f.ask(ctx, epoch, scriptPromote, pick(keys, live), argv...)
 		for j, i := range live {
 			n := early[i]
-			if err == nil && rs[j].code == keyDone {
+			switch {
+			case err != nil:
+				e.stats.failedPromotions.Add(1)
+			case rs[j].code == keyDone:
 				n = upto[j]
 				e.stats.promotions.Add(1)
-			} else {
+			default:
 				e.stats.refusedPromotions.Add(1)
 			}
 			f.finish(loads[i], f.e.rowAnswer(rows[i]), n)
@@ -380,7 +401,7 @@ func (f *filler) promote(ctx context.Context, loads []*load, token string, epoch
 		}
 		absent = rest
 		upto := f.mark(loads, same)
-		rs, err := e.up.script(ctx, scriptAbsent, pick(keys, same), token, strconv.FormatInt(neg.Milliseconds(), 10))
+		rs, err := f.ask(ctx, epoch, scriptAbsent, pick(keys, same), token, strconv.FormatInt(neg.Milliseconds(), 10))
 		for j, i := range same {
 			l := loads[i]
 			switch {
@@ -473,7 +494,7 @@ func (f *filler) await(ctx context.Context, loads []*load) (again []*load) {
 // keys back since.
 func (f *filler) lookAgain(ctx context.Context, loads []*load, keys []string, gone error) {
 	upto := f.mark(loads, all(len(loads)))
-	rs, err := f.e.up.script(ctx, scriptRead, keys, "0")
+	rs, err := f.ask(ctx, f.e.up.epoch.Load(), scriptRead, keys, "0")
 	for i, l := range loads {
 		if err == nil && (rs[i].code == keyValue || rs[i].code == keyOther) {
 			f.finish(l, f.e.redisAnswer(rs[i]), upto[i])
@@ -500,9 +521,11 @@ func (f *filler) resolve(ctx context.Context, loads []*load) (again []*load) {
 	for i, l := range loads {
 		upto[i] = f.joined(l)
 	}
-	rs, err := e.up.script(ctx, scriptRead, keys, strconv.FormatInt(tx.Number(), 10))
+	rs, err := f.ask(ctx, e.up.epoch.Load(), scriptRead, keys, strconv.FormatInt(tx.Number(), 10))
 	if err != nil {
-		e.redisFailed(err)
+		if !errors.Is(err, errLost) {
+			e.redisFailed(err)
+		}
 		return loads
 	}
 	for i, r := range rs {
@@ -530,10 +553,16 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 	for i, l := range loads {
 		early[i] = f.joined(l)
 	}
+	marked, polled := f.markedSince(ctx, loads, keys)
 	rows, err := e.store.load(ctx, refs)
+	if err == nil {
+		err = polled
+	}
 	others := f.otherTypes(ctx, loads, keys, rows)
 	for i, l := range loads {
 		switch {
+		case marked[i] && err == nil:
+			f.beginAgain(l)
 		case others[i].code == keyOther:
 			f.finish(l, f.e.redisAnswer(others[i]), early[i])
 		case err != nil:
@@ -556,6 +585,63 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 		default:
 			f.finish(l, f.e.rowAnswer(rows[i]), early[i])
 		}
+	}
+}
+
+// markedSince tells which keys Redis's journal names, of those whose copy in a Redis that is trusted was avoided because of an entry. The entry may have been struck
+// since the last poll:
+//
+//	1 K's entry is known here; another sidecar repairs K and strikes it    2 Postgres dies; K is written in Redis, marked, and that is acknowledged
+//	3 Postgres is back, and we read the row
+//
+// The marks are looked at before the row is read: a repair may copy what is marked into the row, and strike the mark. What the journal in Postgres says now is known before
+// such loads begin again. err: it cannot be asked.
+func (f *filler) markedSince(ctx context.Context, loads []*load, keys []string) (marked []bool, err error) {
+	marked = make([]bool, len(loads))
+	var idx []int
+	for i, l := range loads {
+		if l.direct && l.route.Phase.Rules().ReadsRedis {
+			idx = append(idx, i)
+		}
+	}
+	if len(idx) == 0 {
+		return marked, nil
+	}
+	rs, err := f.ask(ctx, f.e.up.epoch.Load(), scriptLook, pick(keys, idx), "0")
+	if err != nil {
+		return marked, nil // Redis is lost by now: its marks are not known, as in any such outage
+	}
+	some := false
+	for j, i := range idx {
+		marked[i] = rs[j].mark != ""
+		some = some || marked[i]
+	}
+	if !some {
+		return marked, nil
+	}
+	time.Sleep(heldPoll) // a key that both journals name is asked for again until the repair, which comes with the next poll
+	return marked, f.e.journal.pollStore(ctx, true)
+}
+
+// beginAgain finds a key anew for everybody who waits for l, on the way that is right by now. While both journals name it that is this one, until it is repaired.
+func (f *filler) beginAgain(l *load) {
+	if l.again.IsZero() {
+		l.again = time.Now()
+	}
+	if f.e.journal.staleRedis(l.ref.Key) || !f.e.up.trusted() {
+		if time.Since(l.again) > f.e.cfg.StoreTimeout {
+			f.finish(l, answer{fail: unavailable(l.route, "both copies are stale and not repaired yet")}, f.joined(l))
+			return
+		}
+		f.requeue([]*load{l})
+		return
+	}
+	f.mu.Lock()
+	waiters := l.waiters
+	delete(f.loads, "\x00"+l.ref.Key)
+	f.mu.Unlock()
+	for _, done := range waiters {
+		f.get(l.ref, l.route, false, done)
 	}
 }
 

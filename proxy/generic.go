@@ -236,10 +236,12 @@ func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
 		for i, route := range op.routes {
 			st.first[i] = route.Phase.Rules().Write.KeepsRow()
 		}
+		st.truth = st.rowsRead()
 	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
 		return op.refuse(staleAndAlone(op.route())), nil
 	case e.store.gone(err) && op.withoutStore():
 		st.rows = make([]policy.Row, len(op.keys))
+		st.truth = st.rows
 	case e.store.Overloaded(err):
 		return op.refuse(unavailable(op.route(), "too many writes wait for the store")), nil
 	default:
@@ -262,11 +264,23 @@ type running struct {
 	token  string
 	first  []bool       // keys whose truth is the store
 	rows   []policy.Row // as the locks found them
+	truth  []policy.Row // those of them that may be taken for what a key holds; the others are absent
 	redis  []keyReply   // what Redis has of them
 
 	epoch   uint64
 	version string     // of the marks
 	after   []keyReply // what the command left of the keys of captured()
+}
+
+// rowsRead leaves out what phases find that do not read the store: phase3 may write beside them, and tells the store nothing.
+func (st *running) rowsRead() []policy.Row {
+	rows := slices.Clone(st.rows)
+	for i, route := range st.routes {
+		if !route.Phase.Rules().ReadsStore {
+			rows[i] = policy.Row{}
+		}
+	}
+	return rows
 }
 
 // captured are the keys whose result is committed in the store before it can be seen in Redis; overtaken are those whose truth
@@ -342,6 +356,8 @@ func (r *runner) again(ctx context.Context, st *running, adopt []policy.Change, 
 	case errors.Is(err, errMarked):
 		st.tx.Rollback() // the repair takes the same locks
 		e.repairMarks(ctx, st.keys)
+	case err != nil:
+		return st.refuse(unavailable(st.route(), "redis cannot be asked")), nil
 	case len(adopt) > 0:
 		if _, err := st.tx.Commit(ctx, adopt, nil, nil, false); err != nil {
 			e.store.note("commit", err) //nolint:errcheck // answered here
@@ -404,8 +420,7 @@ func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
 		return said.frame, nil
 	case err != nil:
 		e.redisFailed(err)
-		e.stats.uncertain.Add(1)
-		return st.refuse(uncertain(st.route(), "the connection to Redis broke")), nil
+		return st.refuse(e.stats.unsure(st.route(), "the connection to Redis broke")), nil
 	}
 	healthy = true
 	return r.mirror(ctx, st, reply), nil
@@ -481,9 +496,9 @@ func (r *runner) exec(conn *runConn, st *running) (reply []byte, err error) {
 		n++
 	}
 	for i, k := range st.keys {
-		row, red := st.rows[i], st.redis[i]
-		// An unmarked row is the truth, also where Redis has a copy: that may be stale.
-		load := row.State == policy.Live && red.code != keyOther && red.mark == ""
+		row, red := st.truth[i], st.redis[i]
+		// An unmarked row is the truth, also where Redis has a copy: that may be stale. So is one that both journals name.
+		load := row.State == policy.Live && red.code != keyOther && (red.mark == "" || r.e.journal.staleRedis(k.Key))
 		switch {
 		case load && row.TTL >= 0:
 			add("SET", k.Key, string(row.Value), "PXAT", strconv.FormatInt(r.e.clocks.toRedis(row.ExpiresAt), 10))
@@ -543,9 +558,9 @@ func (r *runner) tails(st *running) (tails [][]string) {
 	return tails
 }
 
-// queuedTails are the tails of a transaction as requests. They are about keys of the database that routes are for, wherever it ends.
-func (r *runner) queuedTails(st *running) (reqs [][]byte) {
-	tails := r.tails(st)
+// queuedTails are the tails of a transaction as requests, and more commands behind them. They are about keys of the database that routes are for, wherever it ends.
+func (r *runner) queuedTails(st *running, more ...[]string) (reqs [][]byte) {
+	tails := append(r.tails(st), more...)
 	if st.away && len(tails) > 0 {
 		home := []string{"SELECT", strconv.Itoa(r.e.up.dialer.opt.DB)}
 		tails = slices.Concat([][]string{home}, tails, [][]string{{"SELECT", strconv.Itoa(st.db)}})
@@ -597,7 +612,7 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		return appendNullArray(nil, st.proto), nil
 	}
 	argv := []string{st.number}
-	for i, row := range st.rows {
+	for i, row := range st.truth {
 		first := "0"
 		if st.first[i] {
 			first = "1"
@@ -630,8 +645,14 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	var reqs [][]byte
 	if st.queued != nil {
 		load := appendCommand(nil, append(append([]string{"EVAL", scriptLoad.body}, st.scriptArgs(all(len(st.keys)))...), argv...)...)
-		reqs = append(reqs, appendCommand(nil, "DISCARD"), load, appendCommand(nil, append([]string{"WATCH"}, keys...)...), load, appendCommand(nil, "MULTI"))
-		reqs = append(reqs, st.queued...)
+		reqs = append(reqs, appendCommand(nil, "DISCARD"), load, appendCommand(nil, append([]string{"WATCH"}, keys...)...), load)
+		if st.tx == nil {
+			if reply, err := r.lookAgain(ctx, st, reqs); reply != nil || err != nil {
+				return reply, err
+			}
+			reqs = nil
+		}
+		reqs = append(append(reqs, appendCommand(nil, "MULTI")), st.queued...)
 	}
 	again := len(reqs)
 	reqs = append(reqs, r.queuedTails(st)...)
@@ -639,17 +660,13 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	fs, err := st.pin.ask(r.runTimeout(), append(reqs, st.raw)...)
 	if err != nil {
 		r.unmark(st)
-		e.up.abandonPin(st.pin)
-		st.pin.drop(err)
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "the connection to Redis broke").reply(nil), nil
+		return r.broke(st, err), nil
 	}
 	reply, results := r.split(st, fs[again:])
 	switch {
 	case again > 0 && isError(fs[again-len(st.queued)-1]): // of MULTI: its user may not say it any more, and the commands ran one by one
 		r.dropCaptured(ctx, st)
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "redis refused the transaction").reply(nil), nil
+		return e.stats.unsure(st.route(), "redis refused the transaction").reply(nil), nil
 	case again > 0 && isNull(reply): // the client watches nothing, so it was evicted
 		return nil, errOvertaken
 	case results == nil:
@@ -657,10 +674,40 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	}
 	if err := r.took(st, results); err != nil {
 		r.dropCaptured(ctx, st)
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "redis refused the end of the transaction").reply(nil), nil
+		return e.stats.unsure(st.route(), "redis refused the end of the transaction").reply(nil), nil
 	}
 	return r.mirror(ctx, st, reply), nil
+}
+
+// lookAgain watches the keys of a transaction without the key locks, and judges once more what they are: nothing can be loaded then, and a sidecar that
+// reaches Postgres may have taken one out of Redis since, to put it back after its COMMIT. What does so from now on makes EXEC fail.
+func (r *runner) lookAgain(ctx context.Context, st *running, reqs [][]byte) ([]byte, error) {
+	fs, err := st.pin.ask(r.e.cfg.Redis.Timeout, reqs...)
+	if err != nil {
+		return r.broke(st, err), nil
+	}
+	look := fs[len(fs)-1]
+	if err = errorOf(look); err == nil {
+		if st.redis, err = keyReplies(look, len(st.keys)); err == nil {
+			if _, err = st.judge(r.e); err == nil {
+				return nil, nil
+			}
+		}
+	}
+	if _, err := st.pin.ask(r.e.cfg.Redis.Timeout, appendCommand(nil, "UNWATCH")); err != nil {
+		return r.broke(st, err), nil
+	}
+	if words := ownWords(err); words != nil {
+		return words, nil
+	}
+	return r.again(ctx, st, nil, err)
+}
+
+// broke gives a client's connection up, which leaves open what became of its transaction.
+func (r *runner) broke(st *running, err error) []byte {
+	r.e.up.abandonPin(st.pin)
+	st.pin.drop(err)
+	return r.e.stats.unsure(st.route(), "the connection to Redis broke").reply(nil)
 }
 
 // changed: a row that the client watches is not as it was. rows are those of keys.
@@ -690,7 +737,7 @@ func (r *runner) split(st *running, fs [][]byte) (reply []byte, results [][]byte
 	all, ok := elements(exec, nil)
 	if !ok || len(all) < tails {
 		r.unmark(st)
-		return uncertain(st.route(), "EXEC answered out of shape").reply(nil), nil
+		return r.e.stats.unsure(st.route(), "EXEC answered out of shape").reply(nil), nil
 	}
 	n := len(all) - tails
 	reply = appendArray(make([]byte, 0, len(exec)), n)
@@ -711,6 +758,7 @@ func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 	r.promoted(st)
 	var reply []byte
 	var ran, sentIt bool
+	closing := e.journal.version()
 	err := e.store.Fence(ctx, "", func(ctx context.Context) error {
 		if len(st.watched) > 0 {
 			rows, err := e.store.load(ctx, st.keys)
@@ -724,7 +772,7 @@ func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 			}
 		}
 		sentIt = true
-		fs, err := st.pin.ask(flushTime, append(r.queuedTails(st), st.raw)...)
+		fs, err := st.pin.ask(flushTime, append(r.queuedTails(st, closes(closing)), st.raw)...)
 		if err != nil {
 			e.up.abandonPin(st.pin)
 			st.pin.drop(err)
@@ -737,10 +785,15 @@ func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 		ran = true
 		return nil
 	})
+	if sentIt {
+		e.reopen(ctx, closing, err)
+	}
+	if err == nil {
+		e.stats.fences.Add(1)
+	}
 	idx := st.overtaken()
 	switch {
 	case ran && err == nil:
-		e.stats.fences.Add(1)
 		e.journal.flushed()
 		e.journal.keepMarks(st.pick(idx), st.version)
 		e.journal.leaveMarks(st.pick(idx), st.version)
@@ -750,8 +803,7 @@ func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 		return reply, nil
 	case sentIt:
 		r.unmark(st)
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "the flush was not confirmed").reply(nil), nil
+		return e.stats.unsure(st.route(), "the flush was not confirmed").reply(nil), nil
 	}
 	return st.refuse(unavailable(st.route(), "postgres cannot be reached, and its rows would survive the flush")), nil
 }
@@ -803,7 +855,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		case keyValue:
 			s.now = e.replyValue(k)
 			ends := e.rowLife(k.at)
-			if s.row.State == policy.Live && bytes.Equal(s.row.Value, k.value) && (s.row.ExpiresAt < 0) == (k.at < 0) && (k.at < 0 || abs(s.row.ExpiresAt-ends.MS) < 1000) {
+			if s.row.State == policy.Live && bytes.Equal(s.row.Value, k.value) && (s.row.ExpiresAt < 0) == (k.at < 0) && (k.at < 0 || abs(s.row.ExpiresAt-ends.MS) < clockSlack) {
 				continue // it was only read: the row stays, and goes back into Redis
 			}
 			large = large || len(k.value) > e.cfg.MaxValue
@@ -836,11 +888,10 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 			return r.notCommitted(ctx, st, g, reply, err)
 		}
 	}
+	r.strike(ctx, st, lost) // before the locks go, if there was nothing to commit
 	st.tx.Rollback()
-	r.strike(ctx, st, lost)
 	if len(g.states) > 0 && !e.write.fill(ctx, g, hold{st.number, st.token, st.epoch}) && !e.journalStale(ctx, g) || st.lockLost() {
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "the connection to Redis broke").reply(nil)
+		return e.stats.unsure(st.route(), "the connection to Redis broke").reply(nil)
 	}
 	return reply
 }
@@ -869,16 +920,13 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 	case len(g.states) > 0 && on && st.withoutStore() && g.allOn() && !st.lockLost():
 		return reply
 	case len(g.states) > 0 && on:
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "the connection to Postgres broke").reply(nil)
+		return e.stats.unsure(st.route(), "the connection to Postgres broke").reply(nil)
 	case len(g.states) == 0 && !e.namesStale(st.pick(st.overtaken())):
 		return reply
 	case e.store.Uncertain(err):
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "the connection to Postgres broke").reply(nil)
+		return e.stats.unsure(st.route(), "the connection to Postgres broke").reply(nil)
 	case st.pin != nil || len(st.overtaken()) > 0:
-		e.stats.uncertain.Add(1)
-		return uncertain(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
+		return e.stats.unsure(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
 	case errors.Is(err, errTooLarge):
 		return (&refusal{"DENIED", fmt.Sprintf("the value would be larger than postgres.max_value allows for keys of route %s", st.route().Name)}).reply(nil)
 	case e.store.BadData(err):
@@ -908,9 +956,8 @@ func (r *runner) strike(ctx context.Context, st *running, idx []int) {
 	}
 	if _, err := e.up.script(ctx, scriptStrike, keys, argv...); err != nil {
 		e.redisFailed(err)
-		e.journal.leaveMarks(st.pick(idx), st.version)
-		return
 	}
+	// The rows are gone, so a mark that still stands may go by repair, or be lost with Redis's memory: to put it back would be wrong (redisFirst).
 	e.journal.forgetMarks(st.pick(idx), st.version)
 }
 
@@ -921,7 +968,7 @@ var (
 	// client that watches it would see it change. ARGV: number, then per key "1" if its truth is the store, its row ("0" none, "1"
 	// live, "t" tombstone), value and when it ends (ms, -1 never). Answers what Redis has then: [1] nothing, [6] something, or [7] a value
 	// that the store lacks.
-	scriptLoad = newScript(`
+	scriptLoad = newScript("load", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -949,13 +996,19 @@ end
 return r`)
 	// scriptCapture: what a command left of the keys; strings leave Redis until they are committed. A key whose lock was lost while
 	// the command ran has a newer writer. If that one is still at work, its row is the truth and the copy goes; else what Redis
-	// holds is the newest there is, and is marked. ARGV: number, token, lease ms, version.
-	scriptCapture = newScript(`
+	// holds is the newest there is, and is marked. So is a key that somebody has marked since it was loaded: it must not leave Redis, where absent and
+	// marked means deleted. ARGV: number, token, lease ms, version.
+	scriptCapture = newScript("capture", `
 local n = tonumber(ARGV[1])
 local r, newer = {}, {}
 for i = 2, #KEYS, 2 do
   local f, t = get(KEYS[i+1])
-  if n < f then newer[i] = {f, t} else put(KEYS[i+1], n, ARGV[2], tonumber(ARGV[3])) end
+  if n < f then newer[i] = {f, t}
+  elseif redis.call('HEXISTS', J, KEYS[i]) == 1 then
+    newer[i] = {n, ''}
+    redis.call('HSET', J, KEYS[i], ARGV[4])
+    put(KEYS[i+1], n, 'o', tonumber(ARGV[3]))
+  else put(KEYS[i+1], n, ARGV[2], tonumber(ARGV[3])) end
 end
 for i = 2, #KEYS, 2 do
   local K = KEYS[i]
@@ -975,7 +1028,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptOvertake: marks the keys of a command whose truth is Redis. ARGV: number, version, lease ms.
-	scriptOvertake = newScript(`
+	scriptOvertake = newScript("overtake", `
 local n = tonumber(ARGV[1])
 for i = 2, #KEYS, 2 do
   local f = get(KEYS[i+1])

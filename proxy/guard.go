@@ -61,6 +61,7 @@ type guardListener struct {
 	logf       func(format string, args ...any)
 
 	open     atomic.Int64 // connections accepted and not closed
+	admitted atomic.Int64 // connections accepted
 	rejected atomic.Int64 // connections closed because of maxClients
 
 	closing sync.Once
@@ -140,10 +141,11 @@ func (g *guardListener) Close() error {
 	return g.Listener.Close()
 }
 
-// clients returns how many accepted connections are open, refused how many were
-// turned away because there were too many.
-func (g *guardListener) clients() int   { return int(g.open.Load()) }
-func (g *guardListener) refused() int64 { return g.rejected.Load() }
+// clients returns how many accepted connections are open, accepted how many there
+// have been, refused how many were turned away because there were too many.
+func (g *guardListener) clients() int    { return int(g.open.Load()) }
+func (g *guardListener) accepted() int64 { return g.admitted.Load() }
+func (g *guardListener) refused() int64  { return g.rejected.Load() }
 
 // admit counts one more client, or refuses.
 func (g *guardListener) admit() bool {
@@ -151,6 +153,7 @@ func (g *guardListener) admit() bool {
 		g.open.Add(-1)
 		return false
 	}
+	g.admitted.Add(1)
 	return true
 }
 

@@ -23,6 +23,7 @@ var may = map[string][]string{
 	"internal":         {"policy", "proxy", "internal/"},
 	"cmd":              {"policy", "proxy", "fallback", "internal/", ""},
 	"test/bench":       {"internal/devserver"},
+	"test/model":       {"std", "policy"},
 	"test/clients":     {"test/clients/step"}, // they are somebody else's programs
 }
 

@@ -71,7 +71,7 @@ func frameProto(frame []byte) int {
 // appendInfo appends our section to the text of INFO. No field has the name of one of Redis's, because clients throw all
 // sections into one dictionary; redis_hits, jsonb_hits and cache_misses are what they are called everywhere.
 func (s *Server) appendInfo(b []byte) []byte {
-	st := s.figures()
+	st := s.Figures()
 	if len(b) > 0 {
 		b = append(b, "\r\n"...) // as between Redis's own sections
 	}
@@ -82,6 +82,7 @@ func (s *Server) appendInfo(b []byte) []byte {
 	line("proxy_uptime_in_seconds", st.Proxy.UptimeSeconds)
 	line("proxy_draining", oneOrZero(st.Proxy.Draining))
 	line("proxy_connected_clients", st.Proxy.Clients)
+	line("proxy_accepted_connections", st.Proxy.ClientsAccepted)
 	line("proxy_rejected_connections", st.Proxy.ClientsRefused)
 	line("proxy_commands_processed", st.Proxy.Commands)
 	line("proxy_commands_unrouted", st.Proxy.Unrouted)
@@ -103,15 +104,21 @@ func (s *Server) appendInfo(b []byte) []byte {
 	line("journal_redis_stale", st.Journal.RedisStale)
 	line("journal_store_stale", st.Journal.StoreStale)
 	line("journal_oldest_seconds", st.Journal.OldestSeconds)
+	line("journal_redis_stale_oldest_seconds", st.Journal.RedisStaleOldest)
+	line("journal_store_stale_oldest_seconds", st.Journal.StoreStaleOldest)
+	line("journal_redis_stale_longest_seconds", st.Journal.RedisStaleLongest)
+	line("journal_store_stale_longest_seconds", st.Journal.StoreStaleLongest)
 	for _, cause := range slices.Sorted(maps.Keys(st.Journal.Repairs)) {
 		line("journal_repairs_"+cause, st.Journal.Repairs[cause])
 	}
 	line("proxy_promotions", st.Proxy.Promotions)
 	line("proxy_promotions_refused", st.Proxy.PromotionsRefused)
+	line("proxy_promotions_failed", st.Proxy.PromotionsFailed)
 	line("proxy_lost_leases", st.Proxy.LostLeases)
 	line("proxy_shed", st.Proxy.Shed)
 	line("proxy_uncertain", st.Proxy.Uncertain)
 	line("proxy_fences", st.Proxy.Fences)
+	line("proxy_numbers_lifted", st.Proxy.NumbersLifted)
 	for i, r := range st.Routes {
 		line(fmt.Sprintf("route%d", i), fmt.Sprintf("name=%s,phase=%s,redis_hits=%d,jsonb_hits=%d,cache_misses=%d,writes=%d,refused=%d",
 			r.Name, r.Phase, r.RedisHits, r.JSONBHits, r.CacheMisses, r.Writes, r.Refused))

@@ -27,26 +27,39 @@ type journal struct {
 	truncated            atomic.Bool // Redis's journal is longer than what is remembered of it
 	overflow             atomic.Bool // and Postgres's: any copy in Redis may be stale
 
-	polling    sync.Mutex // one poll of Postgres at a time, so that none puts back what an earlier one saw
-	mu         sync.RWMutex
-	inRedis    map[string]inEntries   // guarded by mu: the keys of intents
-	intents    map[int64][]policy.Ref // guarded by mu: entries known
-	young      map[int64]bool         // guarded by mu: entries of others that they may be repairing now
-	own        map[int64]uint64       // guarded by mu: entries that this process wrote to, and the poll before which it last did
-	marks      map[string]string      // guarded by mu: key -> version, own and polled twice
-	mine       map[string]mark        // guarded by mu: marks of this process, until struck
-	seen       map[string]string      // guarded by mu: what the last poll of Redis showed
-	oldest     time.Duration          // guarded by mu: age of the oldest entry at the last poll
-	phases     map[string][]string    // guarded by mu: phases registered per route
-	polled     time.Time              // guarded by mu: last successful poll of Postgres
-	polls      uint64                 // guarded by mu: polls of Postgres begun
-	anchor     string                 // guarded by mu: of Redis's journal at the last poll
-	redisPolls uint64                 // guarded by mu: polls of Redis done
-	registered bool                   // guarded by mu: the phases in use stand in Postgres
-	clock      time.Time              // guarded by mu: Postgres's time then
-	repairs    map[string]int64       // guarded by mu: repaired keys by cause
-	tick       chan struct{}          // capacity 1: poll now
+	polling sync.Mutex // one poll of Postgres at a time, so that none puts back what an earlier one saw
+	mu      sync.RWMutex
+	inRedis map[string]inEntries // guarded by mu: the keys of intents
+	intents map[int64]entry      // guarded by mu: entries known
+	young   map[int64]bool       // guarded by mu: entries of others that they may be repairing now
+	own     map[int64]uint64     // guarded by mu: entries that this process wrote to, and the poll before which it last did
+	marks   map[string]string    // guarded by mu: key -> version, own and polled twice
+	mine    map[string]mark      // guarded by mu: marks of this process, until struck
+	seen    map[string]sight     // guarded by mu: what the last poll of Redis showed
+	longest struct {             // guarded by mu: how long what was repaired here had stood
+		entry, mark time.Duration
+	}
+	phases     map[string][]string // guarded by mu: phases registered per route
+	polled     time.Time           // guarded by mu: last successful poll of Postgres
+	polls      uint64              // guarded by mu: polls of Postgres begun
+	anchor     string              // guarded by mu: of Redis's journal at the last poll
+	redisPolls uint64              // guarded by mu: polls of Redis done
+	registered bool                // guarded by mu: the phases in use stand in Postgres
+	clock      time.Time           // guarded by mu: Postgres's time then
+	tick       chan struct{}       // capacity 1: poll now
 	seq        atomic.Uint64
+}
+
+// entry is one of the journal in Postgres.
+type entry struct {
+	refs  []policy.Ref
+	since int64 // localNow when it was made
+}
+
+// sight is a mark in Redis as a poll saw it.
+type sight struct {
+	version string
+	since   int64 // localNow when it was first seen
 }
 
 // inEntries tells which entries name a key: how many, and one of them (0: forgotten which).
@@ -60,6 +73,7 @@ type mark struct {
 	version string
 	left    bool   // its writer is done with it: a repair must strike it
 	poll    uint64 // polls of Redis before it was left
+	since   int64  // localNow when it was made, or the first of those that this process has left on the key
 }
 
 const (
@@ -74,8 +88,8 @@ const (
 
 func newJournal(e *engine) *journal {
 	return &journal{
-		e: e, inRedis: map[string]inEntries{}, intents: map[int64][]policy.Ref{}, own: map[int64]uint64{}, marks: map[string]string{}, mine: map[string]mark{},
-		repairs: map[string]int64{}, tick: make(chan struct{}, 1),
+		e: e, inRedis: map[string]inEntries{}, intents: map[int64]entry{}, own: map[int64]uint64{}, marks: map[string]string{}, mine: map[string]mark{},
+		tick: make(chan struct{}, 1),
 	}
 }
 
@@ -123,16 +137,16 @@ func (j *journal) publish() {
 }
 
 // learn and unlearn keep inRedis in step with intents. Caller holds mu.
-func (j *journal) learn(id int64, refs []policy.Ref) {
+func (j *journal) learn(id int64, in entry) {
 	j.unlearn(id)
-	j.intents[id] = refs
-	for _, ref := range refs {
+	j.intents[id] = in
+	for _, ref := range in.refs {
 		j.inRedis[ref.Key] = inEntries{j.inRedis[ref.Key].n + 1, id}
 	}
 }
 
 func (j *journal) unlearn(id int64) {
-	for _, ref := range j.intents[id] {
+	for _, ref := range j.intents[id].refs {
 		in := j.inRedis[ref.Key]
 		if in.n--; in.n <= 0 {
 			delete(j.inRedis, ref.Key)
@@ -165,10 +179,13 @@ func (j *journal) keepIntent(id int64, refs []policy.Ref, known []int64) {
 		if id == 0 {
 			return
 		}
-		have := j.intents[id]
+		have, there := j.intents[id]
+		if !there {
+			have.since = localNow()
+		}
 		for _, ref := range refs {
-			if !slices.Contains(have, ref) {
-				have = append(slices.Clip(have), ref)
+			if !slices.Contains(have.refs, ref) {
+				have.refs = append(slices.Clip(have.refs), ref)
 			}
 		}
 		j.learn(id, have)
@@ -188,7 +205,11 @@ func (j *journal) keepMarks(refs []policy.Ref, version string) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, ref := range refs {
-		j.mine[ref.Key] = mark{version: version}
+		m := mark{version: version, since: localNow()}
+		if before := j.mine[ref.Key]; before.left {
+			m.since = before.since
+		}
+		j.mine[ref.Key] = m
 	}
 	j.publish()
 }
@@ -197,8 +218,9 @@ func (j *journal) keepMarks(refs []policy.Ref, version string) {
 func (j *journal) leaveMarks(refs []policy.Ref, version string) {
 	j.mu.Lock()
 	for _, ref := range refs {
-		if j.mine[ref.Key].version == version {
-			j.mine[ref.Key] = mark{version: version, left: true, poll: j.redisPolls}
+		if m := j.mine[ref.Key]; m.version == version {
+			m.left, m.poll = true, j.redisPolls
+			j.mine[ref.Key] = m
 		}
 	}
 	j.mu.Unlock()
@@ -345,11 +367,14 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 	j.e.store.ok()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	fresh := map[int64][]policy.Ref{}
-	j.oldest, j.young = 0, map[int64]bool{}
+	fresh, now := map[int64]entry{}, localNow()
+	j.young = map[int64]bool{}
 	for _, in := range p.Intents {
-		j.oldest = max(j.oldest, in.Age)
-		fresh[in.ID] = in.Refs
+		since := now - in.Age.Microseconds() // too late by what the answer took
+		if before, ok := j.intents[in.ID]; ok {
+			since = min(since, before.since)
+		}
+		fresh[in.ID] = entry{in.Refs, since}
 		if _, own := j.own[in.ID]; !own && in.Age < j.e.cfg.Poll*2/5 {
 			j.young[in.ID] = true
 		}
@@ -358,9 +383,9 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 		j.overflow.Store(p.More)
 	}
 	if p.More { // what lies behind is still known from before
-		for id, refs := range j.intents {
+		for id, in := range j.intents {
 			if _, ok := fresh[id]; !ok && len(fresh) < maxJournal {
-				fresh[id] = refs
+				fresh[id] = in
 			}
 		}
 	}
@@ -374,9 +399,9 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 			delete(j.own, id)
 		}
 	}
-	j.intents, j.inRedis = map[int64][]policy.Ref{}, map[string]inEntries{}
-	for id, refs := range fresh {
-		j.learn(id, refs)
+	j.intents, j.inRedis = map[int64]entry{}, map[string]inEntries{}
+	for id, in := range fresh {
+		j.learn(id, in)
 	}
 	j.phases, j.polled, j.clock = p.Phases, time.Now(), p.Now
 	j.publish()
@@ -432,7 +457,7 @@ func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, res
 		if _, ok := marks[k]; ok || !v.left || !whole {
 			continue // a writer at work brings its mark with its script
 		}
-		if lost && (j.seen[k] == v.version || v.poll == j.redisPolls) {
+		if lost && (j.seen[k].version == v.version || v.poll == j.redisPolls) {
 			lostKeys, lostVersions = append(lostKeys, k), append(lostVersions, v.version)
 		} else if v.poll < j.redisPolls {
 			delete(j.mine, k)
@@ -440,13 +465,19 @@ func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, res
 	}
 	j.anchor = string(anchor)
 	j.redisPolls++
-	twice := map[string]string{}
+	seen, twice := make(map[string]sight, len(marks)), map[string]string{}
 	for k, v := range marks {
-		if j.seen[k] == v {
+		s := sight{v, localNow()}
+		before := j.seen[k]
+		if before.version == v {
 			twice[k] = v
 		}
+		if _, counts := j.marks[k]; counts || before.version == v { // also when it has been written again since: the row is stale all that time
+			s.since = before.since
+		}
+		seen[k] = s
 	}
-	j.seen, j.marks = marks, twice
+	j.seen, j.marks = seen, twice
 	j.publish()
 	j.mu.Unlock()
 	return j.putBack(ctx, lostKeys, lostVersions)
@@ -583,7 +614,7 @@ func (j *journal) batches() (out []batch) {
 			continue
 		}
 		n := 0
-		for _, ref := range j.intents[id] {
+		for _, ref := range j.intents[id].refs {
 			if !seen[ref.Key] {
 				n++
 			}
@@ -593,7 +624,7 @@ func (j *journal) batches() (out []batch) {
 			clear(seen)
 		}
 		b.ids = append(b.ids, id)
-		for _, ref := range j.intents[id] {
+		for _, ref := range j.intents[id].refs {
 			if !seen[ref.Key] {
 				seen[ref.Key] = true
 				b.refs = append(b.refs, ref)
@@ -605,6 +636,9 @@ func (j *journal) batches() (out []batch) {
 	}
 	return out
 }
+
+// errLost: Redis was lost while a repair was under way, and perhaps what it had deleted: its entries stay.
+var errLost = errors.New("redis was lost meanwhile")
 
 // errOtherKeys: an entry names other keys than it did when it was read. The next poll knows them.
 var errOtherKeys = errors.New("an entry names keys that are not locked")
@@ -628,6 +662,7 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 	e := j.e
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
 	defer cancel()
+	epoch := e.up.epoch.Load()
 	tx, err := e.store.lock(ctx, b.refs)
 	if err != nil {
 		return 0, err
@@ -651,7 +686,9 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 			todo[ref.Key] = row.State != policy.Absent
 		}
 	}
+	named := len(todo)
 	maps.DeleteFunc(todo, func(_ string, has bool) bool { return !has })
+	marked := 0
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(todo)), maxRepair) {
 		// Both journals may name a key: with a row Postgres wins, so the mark goes too.
 		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "1", "0")
@@ -664,7 +701,11 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 				e.lift(ctx, tx, rs)
 				return 0, errOvertaken
 			}
+			marked += int(r.at)
 		}
+	}
+	if e.up.epoch.Load() != epoch {
+		return 0, errLost
 	}
 	if len(there) > 0 {
 		if _, err := tx.Commit(ctx, nil, nil, nil, false); e.store.note("strike", err) != nil {
@@ -672,13 +713,20 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 		}
 	}
 	tx.Rollback()
+	e.stats.repairs[redisStaleNoRow].Add(int64(named - len(todo)))
+	e.stats.repairs[bothStale].Add(int64(marked))
+	e.stats.repairs[redisStaleRow].Add(int64(len(todo) - marked))
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for _, in := range there {
+		if known, ok := j.intents[in.ID]; ok {
+			j.longest.entry = max(j.longest.entry, stood(known.since))
+		}
+	}
 	for _, id := range b.ids {
 		j.unlearn(id)
 		delete(j.own, id)
 	}
-	j.repairs["redis_stale"] += int64(len(todo))
 	j.publish()
 	return len(there), nil
 }
@@ -757,15 +805,24 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 		e.redisFailed(err)
 		return 0, err
 	}
+	// Which entries are there now, and not at the last poll:
+	//
+	//	1 K is marked    2 another sidecar, cut off from Redis, commits a new row for K, with an entry
+	//	3 for want of the entry, what Redis has of K would go into the row, or the row go
+	named, err := tx.Named(ctx, keys)
+	if e.store.note("repair", err) != nil {
+		return 0, err
+	}
 	var changes []policy.Change
 	var strike []string
+	copied := 0
 	argv := []string{number}
 	for i, r := range rs {
 		if r.code == keyRefused || r.mark == "" {
 			continue
 		}
 		row := tx.Rows()[i]
-		if row.State != policy.Absent && j.staleRedis(keys[i]) {
+		if row.State != policy.Absent && named[keys[i]] {
 			continue // both journals: repairBatch decides
 		}
 		c := policy.Change{Ref: refs[i], Op: policy.Drop}
@@ -777,6 +834,9 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 			case keyDone:
 				c.Op = policy.Delete
 			}
+		}
+		if c.Op != policy.Drop {
+			copied++
 		}
 		if c.Op != policy.Drop || row.State != policy.Absent {
 			changes = append(changes, c)
@@ -802,9 +862,14 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 		e.redisFailed(err)
 		return 0, err
 	}
+	e.stats.repairs[storeStaleCopied].Add(int64(copied))
+	e.stats.repairs[storeStaleDropped].Add(int64(len(strike) - copied))
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for i, k := range strike {
+		if since, known := j.markedSince(k); known {
+			j.longest.mark = max(j.longest.mark, stood(since))
+		}
 		if j.marks[k] == argv[i+1] {
 			delete(j.marks, k)
 		}
@@ -812,7 +877,46 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 			delete(j.mine, k)
 		}
 	}
-	j.repairs["store_stale"] += int64(len(strike))
 	j.publish()
 	return len(strike), nil
+}
+
+// stood is how long what was made then has stood by now.
+func stood(since int64) time.Duration {
+	return time.Duration(max(localNow()-since, 0)) * time.Microsecond
+}
+
+// markedSince tells since when this process knows that a key's row is stale. Redis's journal has no times. Caller holds mu.
+func (j *journal) markedSince(key string) (since int64, known bool) {
+	m := j.mine[key]
+	_, counts := j.marks[key]
+	switch {
+	case m.left && counts:
+		return min(m.since, j.seen[key].since), true
+	case m.left:
+		return m.since, true
+	}
+	return j.seen[key].since, counts
+}
+
+// state is how long both journals are, and the ages of what stands there longest. It looks at what the polls have read, which is
+// bounded by maxJournal.
+func (j *journal) state() (out JournalStats) {
+	j.mu.RLock()
+	defer j.mu.RUnlock()
+	now := localNow()
+	entry, mark := now, now // the oldest
+	for _, in := range j.intents {
+		entry = min(entry, in.since)
+	}
+	for k := range j.staleStoreKeys() {
+		out.StoreStale++
+		since, _ := j.markedSince(k)
+		mark = min(mark, since)
+	}
+	seconds := func(since int64) float64 { return float64(now-since) / 1e6 }
+	out.RedisStale = len(j.intents)
+	out.OldestSeconds, out.RedisStaleOldest, out.StoreStaleOldest = seconds(min(entry, mark)), seconds(entry), seconds(mark)
+	out.RedisStaleLongest, out.StoreStaleLongest = j.longest.entry.Seconds(), j.longest.mark.Seconds()
+	return out
 }

@@ -17,6 +17,7 @@ import (
 type transaction struct {
 	dirty      bool     // we refused a command of it, so EXEC refuses the whole
 	doomed     bool     // Redis refused one, and will refuse the whole, in its own words
+	lost       bool     // Redis could not be told of it: nothing is queued, and EXEC says why
 	flush      bool     // it has a FLUSHALL or the like, and the stores are fenced with it
 	queued     int      // by Redis
 	raws       [][]byte // what it has queued, to be queued again; nil if that was too much
@@ -83,7 +84,30 @@ func (s *session) beginMulti(sl *slot) {
 		}
 		s.finish(sl, frame)
 	}
+	sl.local = func() {
+		s.tx = &transaction{lost: true}
+		s.answer(sl, "+OK\r\n")
+	}
 	s.sendOn(s.pin.lane, sl, false)
+}
+
+// queueLost takes a command of a transaction that Redis does not know of. Were MULTI refused instead, what a client has sent behind it in one
+// write would run command by command.
+func (s *session) queueLost(sl *slot) {
+	switch strings.ToLower(string(sl.args[0])) {
+	case "exec":
+		s.ended()
+		s.answerClear(sl, unavailable(nil, "redis cannot be reached"))
+	case "discard":
+		s.ended()
+		s.answer(sl, "+OK\r\n")
+	case "multi":
+		s.answer(sl, "-ERR MULTI calls can not be nested\r\n")
+	case "watch":
+		s.answer(sl, "-ERR WATCH inside MULTI is not allowed\r\n")
+	default:
+		s.answer(sl, "+QUEUED\r\n")
+	}
 }
 
 // watch loads the keys that Redis lacks, and watches them there. Every write of a routed key changes it in Redis sooner or later, and at
@@ -184,6 +208,10 @@ func endsMulti(args [][]byte) bool {
 func (s *session) queue(sl *slot) bool {
 	if s.walls > 0 {
 		return false
+	}
+	if s.tx.lost {
+		s.queueLost(sl)
+		return true
 	}
 	if sl.info != nil && !sl.info.ArityOK(len(sl.args)) {
 		s.enqueue(sl, nil) // Redis refuses it, and then the transaction
@@ -374,8 +402,7 @@ func (s *session) endMulti(sl *slot, exec bool) {
 		case exec && t.doomed && routed && !isError(frame):
 			// Redis has run what it had refused a part of, which no Redis does, and nothing has kept the copies right.
 			s.ended()
-			s.e.stats.uncertain.Add(1)
-			s.answerClear(sl, uncertain(nil, "redis ran a transaction of which it had refused a command"))
+			s.answerClear(sl, s.e.stats.unsure(nil, "redis ran a transaction of which it had refused a command"))
 		case isError(frame) && (!exec || string(errorCode(frame)) != "EXECABORT"):
 			s.finish(sl, frame) // the transaction is still there
 		case exec:
@@ -424,6 +451,7 @@ func (s *session) execRouted(sl *slot) {
 	op.done = func(reply []byte) {
 		s.event(sl, tag, func() {
 			sl.tag++
+			s.noteRefusal(op.route(), reply)
 			s.executed(sl, reply)
 		})
 	}

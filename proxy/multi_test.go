@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -535,4 +536,111 @@ func TestExecAcrossDatabases(t *testing.T) {
 			w.journalEmpty()
 		})
 	}
+}
+
+// A transaction that Redis cannot be told of is refused as a whole, also if its commands come in one write: were MULTI refused, the others would run alone.
+func TestTransactionWithoutRedis(t *testing.T) {
+	eachDriver(t, func(t *testing.T) {
+		w := newWorld(t)
+		link := testenv.NewLink(t, w.redis.Addr())
+		s := w.start(sidecarOptions{redisURL: "redis://" + link.Addr() + "/0", routes: []policy.Route{{Name: "one", Match: "one:*", Phase: policy.Phase1}}})
+		c := s.dial(t)
+		c.want("+OK", "SET", "one:k", "1")
+		link.Cut()
+		w.until("the outage of redis is seen", func() bool { c.do("GET", "one:k"); return s.srv.Health().Redis.Status != "connected" })
+		const no = "-UNAVAILABLE redis cannot be reached"
+		for _, cmd := range [][]string{{"MULTI"}, {"SET", "one:k", "2"}, {"WATCH", "one:k"}, {"MULTI"}, {"SET"}, {"EXEC"}, {"GET", "one:k"}} {
+			c.send(cmd...)
+		}
+		for _, want := range []string{"+OK", "+QUEUED", "-ERR WATCH inside MULTI is not allowed", "-ERR MULTI calls can not be nested", "+QUEUED", no, "1"} {
+			if got := c.reply(); got != want {
+				t.Errorf("%s, want %s", got, want)
+			}
+		}
+		c.want("+OK", "MULTI")
+		c.want("+OK", "DISCARD")
+		c.want("1", "GET", "one:k")
+		c.want("+OK", "MULTI")
+		link.Heal()
+		w.until("redis is trusted again", func() bool { return s.srv.Health().Redis.Status == "connected" })
+		c.want("+QUEUED", "SET", "one:k", "3")
+		c.want(no, "EXEC") // it was not told of the beginning
+		c.want("1", "GET", "one:k")
+		c.want("+OK", "MULTI")
+		c.want("+QUEUED", "INCR", "one:k")
+		c.want("[:2]", "EXEC")
+	})
+}
+
+// A sidecar that is cut off from Postgres sees a key between the steps of another's write, when Redis lacks it, and does not take it for absent.
+func TestCutOffBesideAnotherWriter(t *testing.T) {
+	pg := testenv.PostgresServer(t)
+	if err := pg.CreateDatabase(t.Context(), "app"); err != nil {
+		t.Fatal(err)
+	}
+	w := newWorldWith(t, testenv.Redis(t), pg.URL("app"))
+	link := testenv.NewLink(t, pg.Addr())
+	a := w.start(sidecarOptions{pgURL: pg.URLVia(link.Addr(), "app"), routes: []policy.Route{route(policy.Phase1)}})
+	b := w.sidecar(policy.Phase1)
+	c := a.dial(t)
+	c.want("+OK", "SET", "k", "0")
+	link.Cut()
+	w.until("the outage of postgres is seen", func() bool { c.do("SET", "probe", "1"); return a.srv.Health().Postgres.Status == "down" })
+	var wrote atomic.Int64
+	stop := make(chan struct{})
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		d := b.dial(t)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if got := d.do("SET", "k", "1"); got == "+OK" {
+				wrote.Add(1)
+			} else {
+				t.Errorf("SET beside it: %s", got)
+				return
+			}
+		}
+	})
+	written := func() { // one that has begun after now is acknowledged
+		n := wrote.Load()
+		w.until("another write", func() bool { return wrote.Load() > n+1 })
+	}
+	ran := map[string]int{}
+	for i := range 600 {
+		written()
+		var got, want, what string
+		switch i % 3 {
+		case 0:
+			what, want, got = "DEL", ":1", c.do("DEL", "k")
+		case 1:
+			what, want, got = "EVAL", ":1", c.do("EVAL", "return redis.call('EXISTS', KEYS[1])", "1", "k")
+		case 2:
+			c.send("MULTI")
+			c.send("EXISTS", "k")
+			c.send("EXEC")
+			c.reply()
+			c.reply()
+			what, want, got = "MULTI", "[:1]", c.reply()
+		}
+		if strings.HasPrefix(got, "-UNAVAILABLE the store may hold the key") && what != "DEL" {
+			continue
+		}
+		ran[what]++
+		if got != want {
+			t.Errorf("%d: %s answers %s, want %s", i, what, got, want)
+			break
+		}
+	}
+	close(stop)
+	writer.Wait()
+	for _, what := range []string{"DEL", "EVAL", "MULTI"} {
+		if ran[what] == 0 {
+			t.Errorf("%s never ran", what)
+		}
+	}
+	t.Log(ran)
 }

@@ -301,8 +301,8 @@ func (j *journal) describe() []string {
 		fmt.Sprintf("store is stale: %d keys", j.lenMarks()),
 	}
 	n := 0
-	for id, refs := range j.intents {
-		for _, ref := range refs {
+	for id, in := range j.intents {
+		for _, ref := range in.refs {
 			if n++; n <= show {
 				out = append(out, "  redis stale: "+ref.Key+" (entry "+strconv.FormatInt(id, 10)+")")
 			}
@@ -314,13 +314,15 @@ func (j *journal) describe() []string {
 			out = append(out, "  store stale: "+k)
 		}
 	}
-	for cause, n := range j.repairs {
-		out = append(out, fmt.Sprintf("repaired because of %s: %d keys", cause, n))
+	for c := range causes {
+		if n := j.e.stats.repairs[c].Load(); n > 0 {
+			out = append(out, fmt.Sprintf("repaired because of %s: %d keys", c, n))
+		}
 	}
 	return out
 }
 
-// staleStoreKeys yields every key whose row may be stale, once. Caller holds mu.
+// staleStoreKeys yields every key whose row waits for a repair, once: not those whose writers are at work. Caller holds mu.
 func (j *journal) staleStoreKeys() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for k := range j.marks {
@@ -328,8 +330,8 @@ func (j *journal) staleStoreKeys() iter.Seq[string] {
 				return
 			}
 		}
-		for k := range j.mine {
-			if _, both := j.marks[k]; !both && !yield(k) {
+		for k, m := range j.mine {
+			if _, both := j.marks[k]; m.left && !both && !yield(k) {
 				return
 			}
 		}
@@ -400,41 +402,49 @@ type RouteStats struct {
 	Name     string `json:"name"`
 	Match    string `json:"match"`
 	Phase    string `json:"phase"`
-	Negative int64  `json:"negative_hits"`
+	Negative int64  `json:"negative_hits"` // those of cache_misses for which the store was not asked
 	Writes   int64  `json:"writes"`
 	Refused  int64  `json:"refused"`
 	Performance
 }
 
-// JournalStats tells how many entries wait for a repair.
+// JournalStats tells what waits for a repair, for how long, and what has been repaired here. The ages of marks ("store is stale") are
+// counted from when this sidecar made or first saw them; the longest are those of what it has repaired itself.
 type JournalStats struct {
-	RedisStale    int              `json:"redis_stale"`
-	StoreStale    int              `json:"store_stale"`
-	OldestSeconds float64          `json:"oldest_seconds"`
-	Repairs       map[string]int64 `json:"repairs"`
+	RedisStale        int              `json:"redis_stale"`
+	StoreStale        int              `json:"store_stale"`
+	OldestSeconds     float64          `json:"oldest_seconds"` // of both
+	RedisStaleOldest  float64          `json:"redis_stale_oldest_seconds"`
+	StoreStaleOldest  float64          `json:"store_stale_oldest_seconds"`
+	RedisStaleLongest float64          `json:"redis_stale_longest_seconds"`
+	StoreStaleLongest float64          `json:"store_stale_longest_seconds"`
+	Repairs           map[string]int64 `json:"repairs"` // keys, by cause
 }
 
 // SelfStats counts what the proxy itself did.
 type SelfStats struct {
 	Clients           int   `json:"clients"`
+	ClientsAccepted   int64 `json:"clients_accepted"`
 	ClientsRefused    int64 `json:"clients_refused"`
 	UptimeSeconds     int64 `json:"uptime_seconds"`
 	Commands          int64 `json:"commands"`
 	Unrouted          int64 `json:"unrouted"`
 	Denied            int64 `json:"denied"`
 	Promotions        int64 `json:"promotions"`
-	PromotionsRefused int64 `json:"promotions_refused"`
-	LostLeases        int64 `json:"lost_leases"`
+	PromotionsRefused int64 `json:"promotions_refused"` // the lease had gone
+	PromotionsFailed  int64 `json:"promotions_failed"`  // Redis did not take them
+	LostLeases        int64 `json:"lost_leases"`        // of writes, which then invalidate once more
 	Shed              int64 `json:"shed"`
 	Uncertain         int64 `json:"uncertain"`
 	Fences            int64 `json:"fences"`
+	NumbersLifted     int64 `json:"numbers_lifted"`
 	StoredRaw         int64 `json:"stored_raw_only"`
 	Draining          bool  `json:"draining"`
 }
 
 // Stats gathers the figures. Redis is asked for INFO once if it is usable; ctx bounds that.
 func (s *Server) Stats(ctx context.Context) Stats {
-	out := s.figures()
+	out := s.Figures()
 	if !s.e.up.trusted() {
 		return out
 	}
@@ -450,16 +460,17 @@ func (s *Server) Stats(ctx context.Context) Stats {
 	return out
 }
 
-// figures are those for which nobody need be asked.
-func (s *Server) figures() Stats {
+// Figures are the statistics without those that Redis has to be asked for. Nothing waits for them but a lock of the journal's.
+func (s *Server) Figures() Stats {
 	e := s.e
 	var out Stats
 	var sum Performance
 	routes := e.router.Load().Routes()
 	for i, r := range routes {
 		c := e.stats.route(r.Name)
-		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: c.negative.Load(), Writes: c.writes.Load(), Refused: c.refused.Load(),
-			Performance: newPerformance(c.redisHits.Load(), c.jsonbHits.Load(), c.misses.Load())}
+		negative := c.negative.Load()
+		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(),
+			Performance: newPerformance(c.redisHits.Load(), c.jsonbHits.Load(), c.misses.Load()+negative)}
 		sum.RedisHits += rs.RedisHits
 		sum.JSONBHits += rs.JSONBHits
 		sum.CacheMisses += rs.CacheMisses
@@ -484,27 +495,22 @@ func (s *Server) figures() Stats {
 	out.Redis.Opens = e.up.opens
 	e.up.mu.Unlock()
 	e.stats.mu.Lock()
-	for why, n := range e.stats.redisErrors {
-		out.Redis.Errors[string(why)] = n
+	for _, why := range outages {
+		out.Redis.Errors[string(why)] = e.stats.redisErrors[why]
 	}
 	e.stats.mu.Unlock()
 	e.store.mu.Lock()
 	out.Postgres = StoreStats{Status: h.Postgres.Status, Reason: h.Postgres.Reason, SinceSeconds: h.Postgres.Since, Opens: e.store.opens}
 	e.store.mu.Unlock()
 
-	j := e.journal
-	j.mu.Lock()
-	out.Journal = JournalStats{RedisStale: len(j.intents), StoreStale: j.lenMarks(), OldestSeconds: j.oldest.Seconds(), Repairs: map[string]int64{}}
-	for k, v := range j.repairs {
-		out.Journal.Repairs[k] = v
-	}
-	j.mu.Unlock()
 	c := e.stats
+	out.Journal = e.journal.state()
+	out.Journal.Repairs = c.repaired()
 	out.Proxy = SelfStats{Clients: s.Clients(), UptimeSeconds: int64(time.Since(s.start).Seconds()), Commands: c.commands.Load(), Unrouted: c.unrouted.Load(), Denied: c.denied.Load(),
-		Promotions: c.promotions.Load(), PromotionsRefused: c.refusedPromotions.Load(), LostLeases: c.lostLeases.Load(), Shed: c.shed.Load(),
-		Uncertain: c.uncertain.Load(), Fences: c.fences.Load(), StoredRaw: c.rawOnly.Load(), Draining: s.drain.Load()}
+		Promotions: c.promotions.Load(), PromotionsRefused: c.refusedPromotions.Load(), PromotionsFailed: c.failedPromotions.Load(),
+		LostLeases: c.lostLeases.Load(), Shed: c.shed.Load(), Uncertain: c.uncertain.Load(), Fences: c.fences.Load(), NumbersLifted: c.lifts.Load(), StoredRaw: c.rawOnly.Load(), Draining: s.drain.Load()}
 	if g := s.guard.Load(); g != nil {
-		out.Proxy.ClientsRefused = g.refused()
+		out.Proxy.ClientsAccepted, out.Proxy.ClientsRefused = g.accepted(), g.refused()
 	}
 	return out
 }

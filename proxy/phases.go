@@ -73,10 +73,10 @@ func usesStore(router *policy.Router) bool {
 
 // fenceRoute makes the rows of a route dead, and forgets the phases that had missed writes.
 func (e *engine) fenceRoute(ctx context.Context, route string) error {
-	e.stats.fences.Add(1)
 	if err := e.store.Fence(ctx, route, func(context.Context) error { return nil }); err != nil {
 		return errors.Join(errors.New("the store cannot be fenced"), e.store.note("fence", err))
 	}
+	e.stats.fences.Add(1)
 	for _, p := range policy.Phases() {
 		if p.Rules().UsesStore {
 			continue

@@ -12,6 +12,18 @@ type refusal struct {
 	text string
 }
 
+// isRefusal tells that a reply is one of ours.
+func isRefusal(reply []byte) bool {
+	if !isError(reply) {
+		return false
+	}
+	switch string(errorCode(reply)) {
+	case "UNAVAILABLE", "UNCERTAIN", "DENIED":
+		return true
+	}
+	return false
+}
+
 func (c *refusal) reply(b []byte) []byte { return appendError(b, c.code+" "+c.text) }
 
 // unavailable: the store that could decide cannot be asked; nothing was changed.

@@ -13,6 +13,7 @@ const (
 	reserved    = "cacheproxy:"
 	journalName = "cacheproxy:journal" // hash: key -> version of the write that the store lacks
 	clockName   = "cacheproxy:clock"   // Postgres's time, in Unix ms, when a sidecar last polled
+	closedName  = "cacheproxy:closed"  // set while Redis is empty and the rows are not dead yet: nothing is promoted
 	anchorField = "\x00anchor"         // in the journal; no routed key contains NUL. No anchor: Redis lost the journal
 	lease       = "cacheproxy:lease:"
 )
@@ -42,10 +43,14 @@ func leaseName(key string) string {
 //
 // fenceMS: how long a number outlives its writer, so that an older request that still sits in a socket is refused. CLIENT KILL ends
 // those of living sidecars; a minute covers the retransmissions of one that died. Longer costs memory for every key written.
+//
+// closedMS: how long promotions wait for a fence whose sidecar died, or whose COMMIT may be under way. flushTime bounds what runs before it, and the server
+// ends a transaction that idles for ten seconds.
 const (
-	leaseMS = "5000"
-	readMS  = "500"
-	fenceMS = "60000"
+	leaseMS  = "5000"
+	readMS   = "500"
+	fenceMS  = "60000"
+	closedMS = "15000"
 )
 
 const prelude = `
@@ -90,8 +95,9 @@ local function kind(K) return redis.call('TYPE', K)['ok'] end
 // script is a server-side script; the group's keys come in pairs (K, lease(K)) after the journal.
 type script struct{ body, sha string }
 
-func newScript(body string) *script {
-	body = prelude + body
+// newScript makes a script; its name stands in its first line, for whoever looks at what runs.
+func newScript(name, body string) *script {
+	body = "-- " + name + "\n" + prelude + body
 	sum := sha1.Sum([]byte(body)) //nolint:gosec // as above
 	return &script{body, hex.EncodeToString(sum[:])}
 }
@@ -111,8 +117,12 @@ const (
 )
 
 var (
-	// scriptGrant: a read missed. ARGV: token, lease ms.
-	scriptGrant = newScript(`
+	// scriptGrant: a read missed. ARGV: token, lease ms. While the stores are being emptied nobody gets a lease:
+	//
+	//	1 FLUSHALL has emptied Redis    2 a reader takes the lease and reads a row    3 the rows are dead, and FLUSHALL is answered
+	//	4 the reader promotes the row, and without one Redis is taken for the only holder
+	scriptGrant = newScript("grant", `
+local closed = redis.call('EXISTS', '`+closedName+`') == 1
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
@@ -123,13 +133,13 @@ for i = 2, #KEYS, 2 do
   else
     local f, t = get(L)
     if t == 'n' then r[#r+1] = {8}
-    elseif t == '' or t == 'o' then put(L, f, ARGV[1], tonumber(ARGV[2])); r[#r+1] = {3}
+    elseif not closed and (t == '' or t == 'o') then put(L, f, ARGV[1], tonumber(ARGV[2])); r[#r+1] = {3}
     else r[#r+1] = {4} end
   end
 end
 return r`)
 	// scriptPromote: the store's values. ARGV: token, then per key value and when it ends (ms, -1 never).
-	scriptPromote = newScript(`
+	scriptPromote = newScript("promote", `
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
@@ -142,7 +152,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptAbsent: the store has no row. ARGV: token, ms to remember it.
-	scriptAbsent = newScript(`
+	scriptAbsent = newScript("absent", `
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
@@ -162,15 +172,15 @@ end
 return r`)
 	// scriptInvalidate: step 2 of a write in phase0 and phase1. ARGV: number, token, lease ms, then per key its row: "0" none, "1" live,
 	// "t" tombstone. A key that holds no string stays unless a live row speaks against it: a tombstone only says that the string
-	// is gone, and a list may have been made since.
-	scriptInvalidate = newScript(`
+	// is gone, and a list may have been made since. A number that is there already is another writer's: Postgres gave it twice, having forgotten it in a crash.
+	scriptInvalidate = newScript("invalidate", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local f, t = get(L)
   local row = ARGV[3 + i/2]
-  if n < f then r[#r+1] = {9, '', f}
+  if n <= f then r[#r+1] = {9, '', f}
   elseif redis.call('HEXISTS', J, K) == 1 then r[#r+1] = {2}
   else
     local ty = kind(K)
@@ -190,7 +200,7 @@ end
 return r`)
 	// scriptFill: step 4. ARGV: number, token, lease ms, then per key op ("s" set, "d" delete, "n" delete, and tell clients that keep
 	// copies of their own that it has changed although it is not there, "x" release only), value, ms, absolute.
-	scriptFill = newScript(`
+	scriptFill = newScript("fill", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -214,8 +224,9 @@ for i = 2, #KEYS, 2 do
   else r[#r+1] = {4} end
 end
 return r`)
-	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock).
-	scriptRead = newScript(`
+	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock). Of a key that is absent it says
+	// whether a writer has the lease, and of each the highest number.
+	scriptRead = newScript("read", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -223,17 +234,17 @@ for i = 2, #KEYS, 2 do
   local f, t = get(L)
   if n > 0 and n < f then r[#r+1] = {9, '', f}
   else
-    if n > f then put(L, n, '', 0) end
+    if n > f then put(L, n, '', 0); f = n end
     local m = redis.call('HGET', J, K) or ''
     local ty = kind(K)
-    if ty == 'string' then r[#r+1] = {7, redis.call('GET', K), ends(K), m}
-    elseif ty ~= 'none' then r[#r+1] = {6, ty, ends(K), m}
-    else r[#r+1] = {1, '', -2, m} end
+    if ty == 'string' then r[#r+1] = {7, redis.call('GET', K), ends(K), m, 0, f}
+    elseif ty ~= 'none' then r[#r+1] = {6, ty, ends(K), m, 0, f}
+    else r[#r+1] = {1, '', -2, m, string.sub(t, 1, 1) == 'w' and 1 or 0, f} end
   end
 end
 return r`)
 	// scriptSize counts the keys that are not ours. SCAN comes first: it removes keys of ours that have expired, and DBSIZE counts those.
-	scriptSize = newScript(`
+	scriptSize = newScript("size", `
 local cursor, own = '0', 0
 repeat
   local page = redis.call('SCAN', cursor, 'MATCH', 'cacheproxy:*', 'COUNT', 1000)
@@ -242,12 +253,12 @@ until cursor == '0'
 return redis.call('DBSIZE') - own`)
 
 	// scriptWeigh tells how many bytes the keys take.
-	scriptWeigh = newScript(`
+	scriptWeigh = newScript("weigh", `
 local r = {}
 for i = 2, #KEYS, 2 do r[#r+1] = {1, '', redis.call('MEMORY', 'USAGE', KEYS[i]) or 0} end
 return r`)
 	// scriptLook is scriptRead without the values.
-	scriptLook = newScript(`
+	scriptLook = newScript("look", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -264,21 +275,27 @@ end
 return r`)
 	// scriptWrite: a write whose truth is Redis: mark, write, overtake the lease; all keys or none.
 	// ARGV: number (0: without the key lock), version, lease ms, then per key op ("s" set, "d" delete, "x" leave),
-	// value, ms, absolute, expected ("" any, "=" plus value, "!" absent, "t" plus token: the lease is the caller's).
-	scriptWrite = newScript(`
+	// value, ms, absolute, expected ("" any, "=" plus value, "!" absent, "t" plus token: the lease is the caller's), and with the two that compare
+	// what K was, its mark and number then. The value alone does not tell whether somebody has written meanwhile:
+	//
+	//	1 cut off from Postgres, we read that k is absent, and marked as deleted    2 others repair it, write it, delete it, and that row is the truth
+	//	3 we write what we have computed from what is long gone
+	scriptWrite = newScript("write", `
 local n = tonumber(ARGV[1])
 local r, ok = {}, true
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local f, t = get(L)
-  local want = ARGV[4 + (i/2 - 1) * 5 + 4]
+  local a = 4 + (i/2 - 1) * 7
+  local want = ARGV[a+4]
   local c = string.sub(want, 1, 1)
   if n > 0 and n < f then r[#r+1] = {9, '', f}; ok = false
   elseif c == 't' then
     if t == string.sub(want, 2) then r[#r+1] = {1} else r[#r+1] = {10}; ok = false end
   elseif c ~= '' then
     local ty = kind(K)
-    if c == '=' and (ty ~= 'string' or redis.call('GET', K) ~= string.sub(want, 2)) or c == '!' and ty ~= 'none' then
+    if c == '=' and (ty ~= 'string' or redis.call('GET', K) ~= string.sub(want, 2)) or c == '!' and ty ~= 'none'
+      or (redis.call('HGET', J, K) or '') ~= ARGV[a+5] or f ~= tonumber(ARGV[a+6]) then
       r[#r+1] = {10}; ok = false
     else r[#r+1] = {1} end
   else r[#r+1] = {1} end
@@ -286,7 +303,7 @@ end
 if not ok then return r end
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
-  local a = 4 + (i/2 - 1) * 5
+  local a = 4 + (i/2 - 1) * 7
   local f = get(L)
   if n > f then f = n end
   redis.call('HSET', J, K, ARGV[2])
@@ -296,7 +313,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptStrike: the store has caught up. ARGV: number, version.
-	scriptStrike = newScript(`
+	scriptStrike = newScript("strike", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -311,8 +328,9 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptRepair: Redis is stale and the store has a row: delete K. ARGV: number, force ("1": K's mark goes too, the store is
-	// right; "0": leave a marked K alone), types ("1": only a string is older than the row).
-	scriptRepair = newScript(`
+	// right; "0": leave a marked K alone), types ("1": only a string is older than the row). In the place of a moment it answers how many marks
+	// went, 0 or 1.
+	scriptRepair = newScript("repair", `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -322,18 +340,18 @@ for i = 2, #KEYS, 2 do
   elseif ARGV[2] == '0' and redis.call('HEXISTS', J, K) == 1 then r[#r+1] = {2}
   else
     if ARGV[3] == '0' or kind(K) == 'string' then redis.call('UNLINK', K) end
-    redis.call('HDEL', J, K)
+    local marks = redis.call('HDEL', J, K)
     -- Without memory for the number the lease must still go: a reader may hold it.
-    local e = redis.pcall('SET', L, string.format('%.0f:0:', n), 'PX', ` + fenceMS + `)
+    local e = redis.pcall('SET', L, string.format('%.0f:0:', n), 'PX', `+fenceMS+`)
     if e['err'] then redis.call('DEL', L) end
-    r[#r+1] = {1}
+    r[#r+1] = {1, '', marks}
   end
 end
 return r`)
 	// scriptPoll: the journal's state, and Postgres's time beside it. The clock names the data set it was written into
 	// ("<ms> <run id> <replication id>"): whoever finds another one there knows that Redis has been restarted or replaced since.
 	// ARGV: Postgres's time in ms or "", a new anchor, the anchor's field, data set. Answers [anchor, marks, clock before].
-	scriptPoll = newScript(`
+	scriptPoll = newScript("poll", `
 local c = redis.call('GET', KEYS[2]) or ''
 redis.call('HSETNX', J, ARGV[3], ARGV[2])
 if ARGV[1] ~= '' and ARGV[4] ~= '' then
@@ -341,16 +359,22 @@ if ARGV[1] ~= '' and ARGV[4] ~= '' then
   if not old or tonumber(old) < tonumber(ARGV[1]) then redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[4]) end
 end
 return {redis.call('HGET', J, ARGV[3]), redis.call('HLEN', J) - 1, c}`)
-	// scriptMark puts marks back that Redis lost. ARGV: version per key. A mark of somebody else stays.
-	scriptMark = newScript(`
+	// scriptMark puts marks back that Redis lost. ARGV: version per key. A mark of somebody else stays. A key that is absent gets none: somebody may have repaired it
+	// since, and absent and marked it would read as deleted.
+	scriptMark = newScript("mark", `
 local r = {}
 for i = 2, #KEYS, 2 do
-  redis.call('HSETNX', J, KEYS[i], ARGV[i/2])
+  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSETNX', J, KEYS[i], ARGV[i/2]) end
   r[#r+1] = {1}
 end
 return r`)
 
-	scripts = []*script{scriptGrant, scriptPromote, scriptAbsent, scriptInvalidate, scriptFill, scriptRead, scriptWeigh, scriptLook, scriptWrite, scriptStrike, scriptRepair, scriptPoll, scriptMark, scriptLoad}
+	// scriptOpen ends what closedName began. ARGV: its value.
+	scriptOpen = newScript("open", `
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1`)
+
+	scripts = []*script{scriptGrant, scriptPromote, scriptAbsent, scriptInvalidate, scriptFill, scriptRead, scriptWeigh, scriptLook, scriptWrite, scriptStrike, scriptRepair, scriptPoll, scriptMark, scriptOpen, scriptLoad}
 )
 
 // keyReply is a script's answer for one key.
@@ -359,6 +383,8 @@ type keyReply struct {
 	value []byte // keyValue: the value; keyOther: the type
 	at    int64  // keyValue, keyOther: when it ends, in Unix ms of Redis's clock, -1 never; keyRefused: the number
 	mark  string // of scriptRead
+	held  bool   // of scriptRead, keyDone: a writer is at work, and may put the key there
+	num   int64  // of scriptRead: the highest number
 }
 
 // script runs s for keys on the control connection.
@@ -399,6 +425,13 @@ func keyReplies(frame []byte, n int) ([]keyReply, error) {
 		if len(cols) > 3 {
 			m, _ := bulk(cols[3])
 			out[i].mark = string(m)
+		}
+		if len(cols) > 4 {
+			held, _ := parseInt(cols[4])
+			out[i].held = held == 1
+		}
+		if len(cols) > 5 {
+			out[i].num, _ = parseInt(cols[5])
 		}
 	}
 	return out, nil

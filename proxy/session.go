@@ -929,8 +929,7 @@ func (s *session) lost(sl *slot, sent bool) {
 		return
 	}
 	if sent && !harmless(sl) {
-		s.e.stats.uncertain.Add(1)
-		s.answerClear(sl, uncertain(route, "the connection to Redis broke"))
+		s.answerClear(sl, s.e.stats.unsure(route, "the connection to Redis broke"))
 		return
 	}
 	s.answerClear(sl, unavailable(route, "redis cannot be reached"))
@@ -1143,6 +1142,7 @@ func (s *session) change(sl *slot) {
 			if pass {
 				s.forward(sl)
 			} else {
+				s.noteRefusal(op.routes[0], reply)
 				s.finish(sl, reply)
 			}
 		})
@@ -1198,9 +1198,10 @@ func (s *session) split(sl *slot) {
 		if r != nil {
 			p.op.keys = append(p.op.keys, policy.Ref{Route: r.Name, Key: string(sl.args[k.Arg])})
 			p.op.routes = append(p.op.routes, r)
+			s.e.stats.route(r.Name).writes.Add(1)
 		}
 	}
-	s.async(sl, func() []byte {
+	run := func() []byte {
 		sum, ints := int64(0), false
 		for _, mode := range order {
 			p := parts[mode]
@@ -1208,7 +1209,7 @@ func (s *session) split(sl *slot) {
 			if mode == policy.WriteRedisOnly {
 				var err error
 				if reply, err = s.e.up.roundTrip(context.Background(), appendCommand(nil, p.plain...)); err != nil && reply == nil {
-					return uncertain(nil, "the connection to Redis broke").reply(nil)
+					return s.e.stats.unsure(nil, "the connection to Redis broke").reply(nil)
 				}
 			} else {
 				ch := make(chan []byte, 1)
@@ -1227,6 +1228,12 @@ func (s *session) split(sl *slot) {
 			return appendInt(nil, sum)
 		}
 		return []byte("+OK\r\n")
+	}
+	route := firstRoute(sl.routes)
+	s.async(sl, func() []byte {
+		reply := run()
+		s.noteRefusal(route, reply)
+		return reply
 	})
 }
 
@@ -1341,12 +1348,16 @@ func (s *session) loadRunMirror(sl *slot) {
 	for i, k := range sl.keys {
 		if r := sl.routes[i]; r != nil && r.Phase.Rules().UsesStore {
 			op.add(policy.Ref{Route: r.Name, Key: string(sl.args[k.Arg])}, r, k.Write)
+			if k.Write {
+				s.e.stats.route(r.Name).writes.Add(1)
+			}
 		}
 	}
 	tag := sl.tag
 	op.done = func(reply []byte) {
 		s.event(sl, tag, func() {
 			sl.tag++
+			s.noteRefusal(op.route(), reply)
 			s.finish(sl, reply)
 		})
 	}
@@ -1367,6 +1378,13 @@ func runsScript(info *cmdtab.Info) bool {
 
 // answer finishes a slot with a reply of ours.
 func (s *session) answer(sl *slot, reply string) { s.finish(sl, []byte(reply)) }
+
+// noteRefusal counts what a writer or a runner has refused in place of the session.
+func (s *session) noteRefusal(r *policy.Route, reply []byte) {
+	if r != nil && isRefusal(reply) {
+		s.e.stats.route(r.Name).refused.Add(1)
+	}
+}
 
 func (s *session) answerClear(sl *slot, c *refusal) {
 	if r := firstRoute(sl.routes); r != nil {

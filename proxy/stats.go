@@ -3,19 +3,40 @@ package proxy
 import (
 	"sync"
 	"sync/atomic"
+
+	"cacheproxy/policy"
 )
 
 // counters is what this sidecar counts. Every field only grows.
 type counters struct {
-	promotions, refusedPromotions, lostLeases atomic.Int64
-	shed, uncertain, rawOnly, fences          atomic.Int64
-	commands, unrouted, denied                atomic.Int64
-	routes                                    sync.Map // route's name: *routeStat; asked for every command, and hardly ever added to
-	mu                                        sync.Mutex
-	redisErrors                               map[outage]int64 // guarded by mu
+	promotions, refusedPromotions, failedPromotions atomic.Int64
+	lostLeases, lifts                               atomic.Int64
+	shed, uncertain, rawOnly, fences                atomic.Int64
+	commands, unrouted, denied                      atomic.Int64
+	repairs                                         [causes]atomic.Int64 // keys
+	routes                                          sync.Map             // route's name: *routeStat; asked for every command, and hardly ever added to
+	mu                                              sync.Mutex
+	redisErrors                                     map[outage]int64 // guarded by mu
 }
 
-// routeStat is one route's reads and writes.
+// cause is a closed list: why a key's copies were made equal again, and by what.
+type cause uint8
+
+const (
+	redisStaleRow     cause = iota // an entry "Redis is stale": the row is right, and the key was deleted in Redis
+	redisStaleNoRow                // such an entry of a key without a row: Redis is right
+	bothStale                      // an entry and a mark: the row won
+	storeStaleCopied               // a mark "store is stale": the row took what Redis holds
+	storeStaleDropped              // such a mark where the phase keeps no rows, or of what can be none: the row went
+	restarted                      // Redis was restarted or replaced, and the key deleted there because the row may be newer
+	causes
+)
+
+func (c cause) String() string {
+	return [causes]string{"redis_stale_row", "redis_stale_no_row", "both_stale", "store_stale_copied", "store_stale_dropped", "restart"}[c]
+}
+
+// routeStat is one route's reads and writes. A miss that was remembered is in negative, and not in misses.
 type routeStat struct {
 	redisHits, jsonbHits, misses, negative, writes, refused atomic.Int64
 }
@@ -28,6 +49,21 @@ func (c *counters) redisError(why outage) {
 	c.mu.Lock()
 	c.redisErrors[why]++
 	c.mu.Unlock()
+}
+
+// repaired tells how many keys were repaired for each cause.
+func (c *counters) repaired() map[string]int64 {
+	out := map[string]int64{}
+	for i := range c.repairs {
+		out[cause(i).String()] = c.repairs[i].Load()
+	}
+	return out
+}
+
+// unsure is the refusal of a command whose fate is unknown. Whoever makes one answers with it.
+func (c *counters) unsure(r *policy.Route, why string) *refusal {
+	c.uncertain.Add(1)
+	return uncertain(r, why)
 }
 
 // route returns the counters of a route; callers keep the pointer.
@@ -47,7 +83,6 @@ func (s *routeStat) read(from source) {
 		s.jsonbHits.Add(1)
 	case fromNegative:
 		s.negative.Add(1)
-		s.misses.Add(1)
 	default:
 		s.misses.Add(1)
 	}

@@ -33,8 +33,9 @@ type Store interface {
 	// Fence makes all rows of scope (a route, or "" for all) dead, while during runs; nobody else writes meanwhile.
 	Fence(ctx context.Context, scope string, during func(context.Context) error) error
 
-	// Lift makes the next numbers higher than above: Postgres may have forgotten some in a crash, and Redis refuses lower ones.
-	Lift(ctx context.Context, above int64) error
+	// Lift makes the next numbers higher than above: Postgres may have forgotten some in a crash, and Redis refuses lower ones. It tells
+	// whether they were not already.
+	Lift(ctx context.Context, above int64) (lifted bool, err error)
 
 	// Questions about errors of the above.
 	Unavailable(err error) bool // the store cannot be reached or cannot work
@@ -54,7 +55,10 @@ type Tx interface {
 	// no entry was made.
 	Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (intent int64, err error)
 	// Strike removes entries as part of this transaction and returns those that were there. All their keys must be locked by it.
+	// The rows of their keys count as changed now: ChangedSince must find what Redis was told because of them.
 	Strike(ctx context.Context, ids []int64) ([]Intent, error)
+	// Named tells which of keys, locked by this transaction, an entry of the journal names.
+	Named(ctx context.Context, keys []string) (map[string]bool, error)
 	// Rollback gives the locks back; after Commit it does nothing.
 	Rollback()
 }

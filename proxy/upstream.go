@@ -42,6 +42,9 @@ const (
 	outOther      outage = "error"       // any other error reply
 )
 
+// outages are all of them but outNone.
+var outages = []outage{outRefused, outBlackhole, outTimeout, outBroken, outLoading, outReadonly, outMasterdown, outAuth, outMisconf, outOOM, outBusy, outUnverified, outOther}
+
 // dead tells whether Redis as a whole is of no use to routed keys. A Redis that only refuses writes
 // (misconf, oom) still answers reads.
 func (o outage) dead() bool {

@@ -154,6 +154,7 @@ func (w *writer) nextSlow() *writeOp {
 		w.stood.Wait()
 	}
 	op := w.slow[0]
+	w.slow[0] = nil // or the array would keep its values
 	w.slow = w.slow[1:]
 	return op
 }
@@ -607,8 +608,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 	safe := !bad || lost || e.journalStale(ctx, g)
 	for _, o := range outcomes {
 		if o.changed && bad && !lost && (!safe || e.onlyInRedis(g, o.op)) {
-			e.stats.uncertain.Add(1)
-			o.op.refuse(uncertain(o.op.routes[0], "the connection to Redis broke"))
+			o.op.refuse(e.stats.unsure(o.op.routes[0], "the connection to Redis broke"))
 			continue
 		}
 		o.op.done(o.reply, o.pass)
@@ -639,8 +639,7 @@ func (e *engine) journalStale(ctx context.Context, g *group) bool {
 	defer tx.Rollback()
 	for i, row := range tx.Rows() {
 		s := states[i]
-		mine := s.now.Exists && row.State == policy.Live && bytes.Equal(row.Value, s.now.Data) || !s.now.Exists && row.State == policy.Tombstone
-		if mine {
+		if s.left(row, e.clocks.redisNow()) {
 			stale = append(stale, refs[i])
 		}
 	}
@@ -655,6 +654,18 @@ func (e *engine) journalStale(ctx context.Context, g *group) bool {
 	e.journal.keepIntent(id, stale, known)
 	return true
 }
+
+// left: row is what the write has left, by all one can tell. It may have expired since, and then reads as if somebody had deleted it.
+func (s *keyState) left(row policy.Row, now int64) bool {
+	if s.now.Exists && row.State == policy.Live {
+		return bytes.Equal(row.Value, s.now.Data)
+	}
+	expired := s.now.ExpireAt >= 0 && s.now.ExpireAt <= now+clockSlack
+	return (!s.now.Exists || expired) && row.State == policy.Tombstone
+}
+
+// clockSlack: what a moment that was told in Postgres's time may differ, in ms, from what it is in that now.
+const clockSlack = 1000
 
 // onlyInRedis: the command deleted a key that is not a string, which no journal can do later.
 func (e *engine) onlyInRedis(g *group, op *writeOp) bool {
@@ -721,8 +732,7 @@ func (w *writer) notCommitted(ctx context.Context, g *group, outcomes []outcome,
 			o.op.done(o.reply, o.pass)
 			continue
 		}
-		e.stats.uncertain.Add(1)
-		o.op.refuse(uncertain(o.op.routes[0], "the connection to Postgres broke"))
+		o.op.refuse(e.stats.unsure(o.op.routes[0], "the connection to Postgres broke"))
 	}
 }
 
@@ -793,7 +803,7 @@ func (w *writer) writeOn(ctx context.Context, g *group, h hold) {
 				ms, abs = s.redisLife()
 			}
 			refs, keys = append(refs, s.ref), append(keys, s.ref.Key)
-			argv = append(argv, op, string(s.now.Data), ms, abs, "t"+h.token)
+			argv = append(argv, op, string(s.now.Data), ms, abs, "t"+h.token, "", "0")
 		}
 		e.journal.keepMarks(refs, version)
 		rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
@@ -850,8 +860,7 @@ func (w *writer) commitFailed(outcomes []outcome, err error) {
 		case !o.changed:
 			o.op.done(o.reply, o.pass)
 		case unknown:
-			w.e.stats.uncertain.Add(1)
-			o.op.refuse(uncertain(o.op.routes[0], "the connection to Postgres broke"))
+			o.op.refuse(w.e.stats.unsure(o.op.routes[0], "the connection to Postgres broke"))
 		default:
 			o.op.refuse(unavailable(o.op.routes[0], "postgres refused the transaction"))
 		}
@@ -921,8 +930,11 @@ func (e *engine) lift(ctx context.Context, tx Tx, rs []keyReply) {
 		return
 	}
 	tx.Rollback() // Lift waits for open transactions
-	if err := e.store.Lift(ctx, above); err != nil {
+	lifted, err := e.store.Lift(ctx, above)
+	if err != nil {
 		e.store.note("lift", err) //nolint:errcheck // the writers begin again, a bounded number of times
+	} else if lifted {
+		e.stats.lifts.Add(1)
 	}
 }
 
@@ -1014,7 +1026,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 	var rs []keyReply
 	if g.looks() {
 		var err error
-		if rs, err = e.up.script(ctx, scriptRead, g.keys(), number); err != nil {
+		if rs, err = e.readUnheld(ctx, g.keys(), number, locked); err != nil {
 			w.redisRefused(ops, err, false)
 			return
 		}
@@ -1057,7 +1069,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		}
 		keys = append(keys, s.ref.Key)
 		dirty = append(dirty, s.ref)
-		argv = append(argv, op, string(s.now.Data), ms, abs, want)
+		argv = append(argv, op, string(s.now.Data), ms, abs, want, s.redis.mark, strconv.FormatInt(s.redis.num, 10))
 		if s.row.State != policy.Absent {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
@@ -1097,10 +1109,13 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			}
 			if _, err := e.up.script(ctx, scriptStrike, keys, argv...); err != nil {
 				e.redisFailed(err)
-			} else {
-				e.journal.forgetMarks(dirty, version)
-				struck = true
 			}
+			// The rows are gone: a mark that still stands calls for a repair, which will find nothing to do, but it need not outlive Redis's memory.
+			//
+			//	1 K is written and marked, its row goes, and Redis dies before the mark is struck    2 Redis is back, empty: K is forgotten, as phase2 allows
+			//	3 a sidecar in phase1 that does not trust Redis yet commits a row for K    4 we put the mark back, and K reads as absent
+			e.journal.forgetMarks(dirty, version)
+			struck = true
 		}
 		tx.Rollback()
 	}
@@ -1109,12 +1124,28 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 	}
 	for _, o := range outcomes {
 		if o.changed && !ok && e.namesStale(o.op.keys) {
-			e.stats.uncertain.Add(1)
-			o.op.refuse(uncertain(o.op.routes[0], "the connection to Postgres broke"))
+			o.op.refuse(e.stats.unsure(o.op.routes[0], "the connection to Postgres broke"))
 			continue
 		}
 		o.op.done(o.reply, o.pass)
 	}
+}
+
+// readUnheld is scriptRead. Without the key locks somebody who has them, a sidecar that still reaches Postgres, may be at work: between the steps of its
+// write Redis lacks the key. That is waited for as long as a reader does, and no longer: the writer may have died.
+//
+//	1 a sidecar takes k out of Redis, to put it back after its COMMIT    2 we, cut off from Postgres, DEL k: it seems not to be there, and is counted as 0
+func (e *engine) readUnheld(ctx context.Context, keys []string, number string, locked bool) ([]keyReply, error) {
+	for end := time.Now().Add(heldWait); ; time.Sleep(heldPoll) {
+		rs, err := e.up.script(ctx, scriptRead, keys, number)
+		if err != nil || locked || !anyHeld(rs) || time.Now().After(end) {
+			return rs, err
+		}
+	}
+}
+
+func anyHeld(rs []keyReply) bool {
+	return slices.ContainsFunc(rs, func(r keyReply) bool { return r.held && r.mark == "" })
 }
 
 // staleAndAlone refuses a write that only Redis could take, of a key whose copy there is stale. Were it accepted, both journals would
@@ -1173,14 +1204,16 @@ func (g *group) any(s *keyState, is func(*writeOp) bool) bool {
 func (s *keyState) fromRedis(e *engine, g *group, locked bool) {
 	s.now = e.replyValue(s.redis)
 	absent := s.redis.code == keyDone
+	// Where the store is not read, phase3 may write beside us, which tells the store nothing: the row may be older than what Redis has.
+	row := locked && s.route.Phase.Rules().ReadsStore
 	switch {
 	case s.redis.code == keyRefused:
 		s.wait = true
 	case s.redis.code == keyOther && s.row.State != policy.Live:
 		// a list, say, made after the string was deleted
-	case locked && s.redis.mark == "" && s.row.State != policy.Absent:
+	case row && s.redis.mark == "" && s.row.State != policy.Absent:
 		s.now = e.rowValue(s.row) // not yet promoted, or Redis's copy is stale: the row is the truth
-	case locked && s.row.State == policy.Live && s.redis.mark != "" && e.journal.staleRedis(s.ref.Key):
+	case row && s.row.State == policy.Live && s.redis.mark != "" && e.journal.staleRedis(s.ref.Key):
 		s.now = e.rowValue(s.row)
 	case !locked && absent && s.redis.mark == "" && g.needs(s):
 		// The store may hold the key and cannot be asked. What does not depend on it may go on.
@@ -1196,8 +1229,7 @@ func (w *writer) redisRefused(ops []*writeOp, err error, wrote bool) {
 		case words != nil:
 			op.done(words, false)
 		case wrote && sent(err):
-			w.e.stats.uncertain.Add(1)
-			op.refuse(uncertain(op.routes[0], "the connection to Redis broke"))
+			op.refuse(w.e.stats.unsure(op.routes[0], "the connection to Redis broke"))
 		default:
 			op.refuse(unavailable(op.routes[0], "redis cannot be reached"))
 		}

@@ -74,8 +74,8 @@ func TestAdapter(t *testing.T) {
 	if err := s.Register(ctx, "user", "phase1"); err != nil {
 		t.Error(err)
 	}
-	if err := s.Lift(ctx, 1_000_000); err != nil {
-		t.Error(err)
+	if lifted, err := s.Lift(ctx, 1_000_000); err != nil || !lifted {
+		t.Errorf("lift: %v %v", lifted, err)
 	}
 	tx, err := s.Begin(ctx, []policy.Ref{ref})
 	if err != nil || tx.Number() <= 1_000_000 || string(tx.Rows()[0].Value) != `{"a":2}` {

@@ -230,6 +230,7 @@ func tour(w io.Writer, at addresses, s *servers, path string) {
 		{"postgres", psql},
 		{"health", "http://" + at.observe + "/healthz"},
 		{"stats", "http://" + at.observe + "/cache/stats"},
+		{"metrics", "http://" + at.observe + "/metrics"},
 		{"settings", path + "  (read again when you save it)"},
 	} {
 		fmt.Fprintf(&b, "  %-9s %s\n", line[0], line[1])

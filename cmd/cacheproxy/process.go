@@ -16,6 +16,7 @@ import (
 	"cacheproxy/fallback"
 	"cacheproxy/internal/admin"
 	"cacheproxy/internal/config"
+	"cacheproxy/internal/metrics"
 	"cacheproxy/proxy"
 
 	"go.uber.org/zap"
@@ -197,7 +198,7 @@ func (p *process) run(ctx context.Context) error {
 // startHTTP serves the observe and the admin address, which lives as long as the process.
 func (p *process) startHTTP(ls *listeners, start func(func(context.Context) error)) {
 	start(func(ctx context.Context) error {
-		return admin.Serve(ctx, ls.observe, admin.Observe(admission{p}), p.log)
+		return admin.Serve(ctx, ls.observe, admin.Observe(admission{p}, metrics.Handler(p.server, build())), p.log)
 	})
 	if ls.admin != nil {
 		start(func(ctx context.Context) error {

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -147,6 +149,9 @@ func statsTable(s proxy.Stats) string {
 		fmt.Fprintln(w)
 	}
 	percent := func(f float64) string { return fmt.Sprintf("%.1f %%", 100*f) }
+	seconds := func(s float64) string {
+		return time.Duration(s * float64(time.Second)).Round(100 * time.Millisecond).String()
+	}
 	state := func(status, why string) string {
 		if why != "" {
 			status += " (" + why + ")"
@@ -156,11 +161,23 @@ func statsTable(s proxy.Stats) string {
 	row("phase", s.MigrationPhase)
 	row("redis", state(s.Redis.Status, s.Redis.Reason), fmt.Sprintf("%.1f MB", s.Redis.MemoryMB), "breaker opened", s.Redis.Opens)
 	row("postgres", state(s.Postgres.Status, s.Postgres.Reason), "", "breaker opened", s.Postgres.Opens)
-	row("journal", fmt.Sprintf("redis stale %d", s.Journal.RedisStale), fmt.Sprintf("store stale %d", s.Journal.StoreStale),
-		"oldest", (time.Duration(s.Journal.OldestSeconds) * time.Second).String())
+	journal := func(name string, length int, oldest, longest float64) {
+		row("journal", fmt.Sprintf("%s %d", name, length), "oldest "+seconds(oldest), "longest repaired", seconds(longest))
+	}
+	journal("redis stale", s.Journal.RedisStale, s.Journal.RedisStaleOldest, s.Journal.RedisStaleLongest)
+	journal("store stale", s.Journal.StoreStale, s.Journal.StoreStaleOldest, s.Journal.StoreStaleLongest)
 	row("clients", s.Proxy.Clients, fmt.Sprintf("commands %d", s.Proxy.Commands), "up", (time.Duration(s.Proxy.UptimeSeconds) * time.Second).String())
-	row("promotions", s.Proxy.Promotions, fmt.Sprintf("shed %d", s.Proxy.Shed), "uncertain", s.Proxy.Uncertain)
+	row("promotions", s.Proxy.Promotions, fmt.Sprintf("refused by lease %d", s.Proxy.PromotionsRefused), "failed", s.Proxy.PromotionsFailed)
+	row("writes", fmt.Sprintf("lost leases %d", s.Proxy.LostLeases), fmt.Sprintf("shed %d", s.Proxy.Shed), "uncertain", s.Proxy.Uncertain)
+	row("stores", fmt.Sprintf("fences %d", s.Proxy.Fences), "", "numbers lifted", s.Proxy.NumbersLifted)
 	w.Flush() //nolint:errcheck // a buffer takes everything
+	b.WriteByte('\n')
+
+	row("REPAIRED BECAUSE OF", "KEYS")
+	for _, cause := range slices.Sorted(maps.Keys(s.Journal.Repairs)) {
+		row(cause, s.Journal.Repairs[cause])
+	}
+	w.Flush() //nolint:errcheck // as above
 	b.WriteByte('\n')
 
 	row("ROUTE", "PHASE", "REDIS HITS", "JSONB HITS", "MISSES", "REDIS RATE", "OVERALL", "WRITES", "REFUSED")

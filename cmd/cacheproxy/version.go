@@ -5,6 +5,8 @@ import (
 	"runtime"
 	"runtime/debug"
 
+	"cacheproxy/internal/metrics"
+
 	"github.com/spf13/cobra"
 )
 
@@ -25,6 +27,15 @@ func (c *cli) versionCommand() *cobra.Command {
 
 // versionText is the version, and the revision that it was built from where the build knows it.
 func versionText() string {
+	b := build()
+	if b.Revision == "" {
+		return b.Version
+	}
+	return b.Version + " (" + b.Revision + ")"
+}
+
+// build is what this program was built from.
+func build() metrics.Build {
 	name, revision, modified := version, "", ""
 	if info, ok := debug.ReadBuildInfo(); ok {
 		if name == "" && info.Main.Version != "(devel)" {
@@ -43,7 +54,7 @@ func versionText() string {
 		name = "devel"
 	}
 	if revision != "" {
-		name += " (" + revision + modified + ")"
+		revision += modified
 	}
-	return name
+	return metrics.Build{Version: name, Revision: revision, Go: runtime.Version()}
 }

@@ -72,7 +72,7 @@ func TestReadiness(t *testing.T) {
 			if strings.Contains(" "+c.ready+" ", " "+requires+" ") {
 				want = http.StatusOK
 			}
-			if code, body := ask(Observe(p), "GET", "/readyz"); code != want {
+			if code, body := ask(Observe(p, http.NotFoundHandler()), "GET", "/readyz"); code != want {
 				t.Errorf("%s, requires %s: %d\n%s", c.name, requires, code, body)
 			}
 		}
@@ -81,7 +81,7 @@ func TestReadiness(t *testing.T) {
 
 func TestReadyzWords(t *testing.T) {
 	p := &proxy{requires: "none", health: Health{Serving: true, Redis: Store{Status: Down, Reason: "refused"}, Postgres: Store{Status: Connected}}}
-	h := Observe(p)
+	h := Observe(p, http.NotFoundHandler())
 	if _, body := ask(h, "GET", "/readyz"); body != "[+]proxy ok\n[-]redis down: refused\n[+]postgres ok\nready (stores required: none)\n" {
 		t.Errorf("text:\n%s", body)
 	}
@@ -104,7 +104,7 @@ func TestReadyzWords(t *testing.T) {
 func TestObserve(t *testing.T) {
 	up, down := Store{Status: Connected}, Store{Status: Down}
 	p := &proxy{health: Health{Redis: up, Postgres: up}}
-	h := Observe(p)
+	h := Observe(p, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { text(w, http.StatusOK, "cacheproxy_draining 0\n") }))
 	status := func(want string) {
 		t.Helper()
 		if code, body := ask(h, "GET", "/healthz"); code != 200 || !strings.Contains(body, `{
@@ -133,10 +133,13 @@ func TestObserve(t *testing.T) {
 	if code, body := ask(h, "GET", "/cache/stats"); code != 200 || !strings.Contains(body, `"redis_hits": 7`) {
 		t.Errorf("/cache/stats: %d %s", code, body)
 	}
+	if code, body := ask(h, "GET", "/metrics"); code != 200 || body != "cacheproxy_draining 0\n" {
+		t.Errorf("/metrics: %d %s", code, body)
+	}
 	for _, c := range []struct {
 		method, path string
 		code         int
-	}{{"POST", "/livez", 405}, {"GET", "/", 404}, {"GET", "/debug/pprof/", 404}, {"POST", "/reload", 404}} {
+	}{{"POST", "/livez", 405}, {"POST", "/metrics", 405}, {"GET", "/", 404}, {"GET", "/debug/pprof/", 404}, {"POST", "/reload", 404}} {
 		if code, _ := ask(h, c.method, c.path); code != c.code {
 			t.Errorf("%s %s: %d, want %d", c.method, c.path, code, c.code)
 		}

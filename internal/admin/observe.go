@@ -47,8 +47,8 @@ type Observed interface {
 // statsTime bounds what GET /cache/stats asks of Redis. Prometheus and people give up after ten seconds.
 const statsTime = 2 * time.Second
 
-// Observe returns the handler of the observe address.
-func Observe(p Observed) http.Handler {
+// Observe returns the handler of the observe address. metrics answers GET /metrics.
+func Observe(p Observed, metrics http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { text(w, http.StatusOK, "ok\n") })
 	mux.HandleFunc("GET /startupz", func(w http.ResponseWriter, _ *http.Request) {
@@ -65,6 +65,7 @@ func Observe(p Observed) http.Handler {
 		defer cancel()
 		writeJSON(w, http.StatusOK, p.Stats(ctx))
 	})
+	mux.Handle("GET /metrics", metrics)
 	return mux
 }
 

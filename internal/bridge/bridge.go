@@ -59,7 +59,7 @@ func (b store) Fence(ctx context.Context, scope string, during func(context.Cont
 	return b.s.Fence(ctx, scope, during)
 }
 
-func (b store) Lift(ctx context.Context, above int64) error { return b.s.Lift(ctx, above) }
+func (b store) Lift(ctx context.Context, above int64) (bool, error) { return b.s.Lift(ctx, above) }
 
 func (b store) Unavailable(err error) bool { return fallback.Unavailable(err) }
 func (b store) Uncertain(err error) bool   { return fallback.Uncertain(err) }

@@ -27,17 +27,19 @@ const (
 // Link is a TCP address in front of another address. Everything between the two can be cut, frozen and delayed. Its
 // methods are safe for concurrent use.
 type Link struct {
-	t       testing.TB
-	network string // of the target
-	target  string
-	addr    string
+	t    testing.TB
+	addr string
 
 	mu       sync.Mutex
+	network  string       // of the target
+	target   string       // guarded by mu, as network
 	listener net.Listener // nil while cut
 	ended    bool         // the test is over
 	// thawed is closed when bytes may flow; Freeze replaces it with an open one.
 	thawed chan struct{}
 	delay  time.Duration
+	look   func(Passing) bool // guarded by mu; nil: nobody looks
+	opened int64              // guarded by mu: connections so far
 	// cut ends the connections that were made since the last Cut, and conns waits for them and for the accept loop.
 	cut   context.CancelFunc
 	conns *sync.WaitGroup
@@ -47,15 +49,11 @@ type Link struct {
 func NewLink(t testing.TB, target string) *Link {
 	t.Helper()
 	l := &Link{
-		t:       t,
-		network: "tcp",
-		target:  target,
-		addr:    net.JoinHostPort("127.0.0.1", strconv.Itoa(FreePort(t))),
-		thawed:  make(chan struct{}),
+		t:      t,
+		addr:   net.JoinHostPort("127.0.0.1", strconv.Itoa(FreePort(t))),
+		thawed: make(chan struct{}),
 	}
-	if strings.HasPrefix(target, "/") {
-		l.network = "unix"
-	}
+	l.Aim(target)
 	close(l.thawed)
 	l.mu.Lock()
 	err := l.listen()
@@ -74,6 +72,16 @@ func NewLink(t testing.TB, target string) *Link {
 
 // Addr is the host:port that the link listens on. It never changes.
 func (l *Link) Addr() string { return l.addr }
+
+// Aim puts the link in front of another target. Connections that there are stay where they are.
+func (l *Link) Aim(target string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.network, l.target = "tcp", target
+	if strings.HasPrefix(target, "/") {
+		l.network = "unix"
+	}
+}
 
 // Cut closes every connection and refuses new ones until Heal. When it has returned, no byte passes any more.
 func (l *Link) Cut() {
@@ -106,6 +114,21 @@ func (l *Link) Delay(d time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.delay = d
+}
+
+// Passing are bytes on their way through a link: what one read brought. They belong to the link.
+type Passing struct {
+	Conn    int64 // counts the connections of the link
+	Request bool  // towards the target
+	Bytes   []byte
+}
+
+// Look shows f all that passes from now on, before it passes, until the next Look; nil ends it. f decides whether it passes; if not, its connection ends. It may
+// wait, and is called for several connections at once, but must not call Cut, which waits for it.
+func (l *Link) Look(f func(Passing) bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.look = f
 }
 
 // Heal undoes Cut, Freeze and Delay. Connections that were cut stay closed.
@@ -200,7 +223,12 @@ func (l *Link) serve(ctx context.Context, client net.Conn) {
 		return
 	}
 	dialer := net.Dialer{Timeout: dialBound}
-	server, err := dialer.DialContext(ctx, l.network, l.target)
+	l.mu.Lock()
+	network, target := l.network, l.target
+	l.opened++
+	id := l.opened
+	l.mu.Unlock()
+	server, err := dialer.DialContext(ctx, network, target)
 	if err != nil {
 		return // the client sees its connection close
 	}
@@ -215,8 +243,8 @@ func (l *Link) serve(ctx context.Context, client net.Conn) {
 	})
 	defer stop()
 	var both sync.WaitGroup
-	both.Go(func() { l.carry(ctx, cancel, server, client) })
-	both.Go(func() { l.carry(ctx, cancel, client, server) })
+	both.Go(func() { l.carry(ctx, cancel, server, client, Passing{Conn: id, Request: true}) })
+	both.Go(func() { l.carry(ctx, cancel, client, server, Passing{Conn: id}) })
 	both.Wait()
 }
 
@@ -227,8 +255,8 @@ type chunk struct {
 }
 
 // carry moves one direction of a connection. A clean end is passed on as such, so that the other direction lives on; any
-// error ends both.
-func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn) {
+// error ends both. way is what is told to whom looks.
+func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn, way Passing) {
 	queue := make(chan chunk, queued)
 	var reader sync.WaitGroup
 	reader.Go(func() {
@@ -270,6 +298,14 @@ func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 			if w, ok := dst.(interface{ CloseWrite() error }); ok && w.CloseWrite() == nil {
 				continue
 			}
+			cancel()
+			return
+		}
+		l.mu.Lock()
+		look := l.look
+		l.mu.Unlock()
+		way.Bytes = c.bytes
+		if look != nil && !look(way) {
 			cancel()
 			return
 		}

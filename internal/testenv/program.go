@@ -2,43 +2,50 @@ package testenv
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 )
 
 // program is what Program returns; Main removes it.
 var program struct {
-	once     sync.Once
-	dir, bin string
-	err      error
+	mu  sync.Mutex
+	dir string            // guarded by mu
+	bin map[string]string // guarded by mu: by build tags
 }
 
-// Program is the path of cacheproxy as it is shipped, static and without the race detector, which is built when a test of the process first wants it.
-func Program(t testing.TB) string {
+// Program is the path of cacheproxy as it is shipped, static and without the race detector, which is built when a test of the process first wants it. With
+// build tags it is not as it is shipped.
+func Program(t testing.TB, tags ...string) string {
 	t.Helper()
 	if !shared.managed.Load() {
 		t.Fatal("testenv.Program needs a TestMain that calls testenv.Main")
 	}
 	p := &program
-	p.once.Do(func() {
-		if p.dir, p.err = os.MkdirTemp("", "cpb"); p.err != nil {
-			return
-		}
-		p.bin = filepath.Join(p.dir, "cacheproxy")
-		cmd := exec.Command("go", "build", "-trimpath", "-o", p.bin, "cacheproxy/cmd/cacheproxy")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			p.err = fmt.Errorf("build cacheproxy: %w\n%s", err, out)
-		}
-	})
-	if p.err != nil {
-		t.Fatal(p.err)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	with := strings.Join(tags, ",")
+	if bin := p.bin[with]; bin != "" {
+		return bin
 	}
-	return p.bin
+	if p.dir == "" {
+		dir, err := os.MkdirTemp("", "cpb")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.dir, p.bin = dir, map[string]string{}
+	}
+	bin := filepath.Join(p.dir, "cacheproxy"+strings.Join(tags, "-"))
+	cmd := exec.Command("go", "build", "-trimpath", "-tags", with, "-o", bin, "cacheproxy/cmd/cacheproxy")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build cacheproxy: %v\n%s", err, out)
+	}
+	p.bin[with] = bin
+	return bin
 }
 
 // Output collects what a program prints while tests read it. The zero value is empty. Its methods are safe for concurrent use.

@@ -2,11 +2,15 @@ package testenv_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/sha1"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,9 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
 	"cacheproxy/internal/testenv"
+	"github.com/jackc/pgx/v5"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -218,6 +221,122 @@ func TestCutReachesAFrozenLink(t *testing.T) {
 	c = dial(t, link.Addr())
 	c.send("PING")
 	c.expect("+PONG")
+}
+
+// New connections go to the new target, those that there are stay.
+func TestLinkAims(t *testing.T) {
+	a, b := testenv.Redis(t), testenv.Redis(t)
+	link := testenv.NewLink(t, a.Addr())
+	before := dial(t, link.Addr())
+	before.send("SET k a")
+	before.expect("+OK")
+	link.Aim(b.Addr())
+	after := dial(t, link.Addr())
+	after.send("EXISTS k")
+	after.expect(":0")
+	before.send("EXISTS k")
+	before.expect(":1")
+}
+
+// Who looks sees both directions, may wait, and may end a connection instead of letting pass what it saw.
+func TestLook(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	seen := make(chan testenv.Passing, 8)
+	link.Look(func(p testenv.Passing) bool {
+		seen <- testenv.Passing{Conn: p.Conn, Request: p.Request, Bytes: bytes.Clone(p.Bytes)}
+		return !bytes.Contains(p.Bytes, []byte("SECRET"))
+	})
+	c := dial(t, link.Addr())
+	c.send("SET k v")
+	c.expect("+OK")
+	if p := <-seen; !p.Request || string(p.Bytes) != "SET k v\r\n" {
+		t.Errorf("saw %+v", p)
+	}
+	if p := <-seen; p.Request || string(p.Bytes) != "+OK\r\n" || p.Conn != 1 {
+		t.Errorf("saw %+v", p)
+	}
+	c.send("SET k SECRET")
+	c.expectClosed()
+	link.Look(nil)
+	c = dial(t, link.Addr())
+	c.send("STRLEN k")
+	c.expect(":1")
+	if len(seen) != 1 {
+		t.Errorf("%d more were seen", len(seen))
+	}
+}
+
+// Scripts are known by their digests, and statements by the names they were prepared under.
+func TestSteps(t *testing.T) {
+	link := testenv.NewLink(t, testenv.Redis(t).Addr())
+	url := testenv.Postgres(t)
+	cfg, err := pgx.ParseConfig(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := net.JoinHostPort(cfg.Host, strconv.Itoa(int(cfg.Port)))
+	if strings.HasPrefix(cfg.Host, "/") {
+		target = filepath.Join(cfg.Host, fmt.Sprintf(".s.PGSQL.%d", cfg.Port))
+	}
+	toStore := testenv.NewLink(t, target)
+	steps := testenv.NewSteps(link, toStore)
+	var mu sync.Mutex
+	var got []string
+	steps.At(func(s testenv.Step) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		got = append(got, fmt.Sprint(s.Name, " ", s.Done))
+		return true
+	})
+	c := dial(t, link.Addr())
+	ask := func(args ...string) {
+		t.Helper()
+		text := fmt.Sprintf("*%d\r\n", len(args))
+		for _, a := range args {
+			text += fmt.Sprintf("$%d\r\n%s\r\n", len(a), a)
+		}
+		c.send(strings.TrimSuffix(text, "\r\n"))
+		if got, err := c.reply(patience); err != nil || strings.HasPrefix(got, "-") {
+			t.Fatalf("%v: %q %v", args, got, err)
+		}
+	}
+	body := "-- promote\nreturn 1"
+	ask("SCRIPT", "LOAD", body)
+	c.reply(patience) // the digest
+	ask("EVALSHA", fmt.Sprintf("%x", sha1.Sum([]byte(body))), "0")
+	ask("EVAL", "-- load\nreturn 1", "0")
+	ask("GET", "cacheproxy:clock")
+	ask("GET", "k")
+
+	host, port, _ := strings.Cut(toStore.Addr(), ":")
+	n, _ := strconv.Atoi(port)
+	cfg.Host, cfg.Port, cfg.Fallbacks = host, uint16(n), nil
+	db, err := pgx.ConnectConfig(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(t.Context())
+	for range 2 { // prepared, and then known
+		var b pgx.Batch
+		b.Queue("BEGIN")
+		b.Queue("SELECT pg_advisory_xact_lock($1::int, 0)", 7)
+		b.Queue("SELECT 1")
+		if err := db.SendBatch(t.Context(), &b).Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.Exec(t.Context(), "COMMIT"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := []string{"promote false", "promote true", "load false", "load true", "clock false", "clock true", "GET false", "GET true"}
+	for range 2 {
+		want = append(want, "lock false", "lock true", "COMMIT false", "COMMIT true")
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if !slices.Equal(got, want) {
+		t.Errorf("%q\nwant\n%q", got, want)
+	}
 }
 
 func TestLinkDelays(t *testing.T) {

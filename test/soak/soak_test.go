@@ -168,6 +168,8 @@ func (w *world) checkpoint(base *usage) {
 			return now.more(*base)
 		}) {
 			w.t.Logf("goroutines:\n%s", w.proxy.profile("goroutine?debug=1"))
+			heap := w.proxy.profile("heap?gc=1&debug=1")
+			w.t.Logf("heap, the largest first:\n%s", heap[:min(len(heap), heapShown)])
 		}
 		w.t.Logf("afterwards: %v", now)
 	}
@@ -175,6 +177,9 @@ func (w *world) checkpoint(base *usage) {
 		w.wrong("the proxy says %s", line)
 	}
 }
+
+// heapShown bytes of a heap profile are its largest entries.
+const heapShown = 20_000
 
 // values asks for what clients have left that are no more.
 func (w *world) values() {

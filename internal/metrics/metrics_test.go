@@ -1,0 +1,202 @@
+package metrics
+
+import (
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"reflect"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"cacheproxy/proxy"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// still is a sidecar whose figures do not change.
+type still proxy.Stats
+
+func (s still) Figures() proxy.Stats { return proxy.Stats(s) }
+
+var figures = still{
+	Redis:    proxy.RedisStats{Status: "recovering", SinceSeconds: 3, Opens: 2, Errors: map[string]int64{"timeout": 4, "oom": 0}},
+	Postgres: proxy.StoreStats{Status: "unused"},
+	Routes: []proxy.RouteStats{
+		{Name: "a:b \"c\"\n", Phase: "phase1", Negative: 1, Writes: 7, Refused: 8, Performance: proxy.Performance{RedisHits: 4, JSONBHits: 5, CacheMisses: 3}},
+		{Name: "user", Phase: "phase2"},
+	},
+	Journal: proxy.JournalStats{
+		RedisStale: 1, StoreStale: 2, RedisStaleOldest: 0.5, StoreStaleOldest: 1.5, RedisStaleLongest: 2.5, StoreStaleLongest: 3.5,
+		Repairs: map[string]int64{"restart": 9, "both_stale": 1},
+	},
+	Proxy: proxy.SelfStats{
+		Clients: 10, ClientsAccepted: 11, ClientsRefused: 12, Commands: 13, Unrouted: 14, Denied: 15, Promotions: 16, PromotionsRefused: 17, PromotionsFailed: 18,
+		LostLeases: 19, Shed: 20, Uncertain: 21, Fences: 22, NumbersLifted: 23, StoredRaw: 24, Draining: true,
+	},
+}
+
+const text = `
+cacheproxy_build_info{goversion="go1",revision="abc",version="v1"} 1
+cacheproxy_circuit_opens_total{upstream="postgres"} 0
+cacheproxy_circuit_opens_total{upstream="redis"} 2
+cacheproxy_circuit_state_seconds{upstream="postgres"} 0
+cacheproxy_circuit_state_seconds{upstream="redis"} 3
+cacheproxy_circuit_state{state="connected",upstream="postgres"} 0
+cacheproxy_circuit_state{state="connected",upstream="redis"} 0
+cacheproxy_circuit_state{state="down",upstream="postgres"} 0
+cacheproxy_circuit_state{state="down",upstream="redis"} 0
+cacheproxy_circuit_state{state="recovering",upstream="postgres"} 0
+cacheproxy_circuit_state{state="recovering",upstream="redis"} 1
+cacheproxy_circuit_state{state="unused",upstream="postgres"} 1
+cacheproxy_circuit_state{state="unused",upstream="redis"} 0
+cacheproxy_commands_denied_total 15
+cacheproxy_commands_total 13
+cacheproxy_commands_unrouted_total 14
+cacheproxy_downstream_connections 10
+cacheproxy_downstream_connections_total{result="accepted"} 11
+cacheproxy_downstream_connections_total{result="rejected"} 12
+cacheproxy_draining 1
+cacheproxy_fences_total 22
+cacheproxy_journal_entries{journal="redis_stale"} 1
+cacheproxy_journal_entries{journal="store_stale"} 2
+cacheproxy_journal_longest_seconds{journal="redis_stale"} 2.5
+cacheproxy_journal_longest_seconds{journal="store_stale"} 3.5
+cacheproxy_journal_oldest_seconds{journal="redis_stale"} 0.5
+cacheproxy_journal_oldest_seconds{journal="store_stale"} 1.5
+cacheproxy_journal_repairs_total{cause="both_stale"} 1
+cacheproxy_journal_repairs_total{cause="restart"} 9
+cacheproxy_lost_leases_total 19
+cacheproxy_numbers_lifted_total 23
+cacheproxy_promotions_total{result="failed"} 18
+cacheproxy_promotions_total{result="ok"} 16
+cacheproxy_promotions_total{result="refused"} 17
+cacheproxy_reads_total{outcome="hit",route="a:b \"c\"\n",source="postgres"} 5
+cacheproxy_reads_total{outcome="hit",route="a:b \"c\"\n",source="redis"} 4
+cacheproxy_reads_total{outcome="hit",route="user",source="postgres"} 0
+cacheproxy_reads_total{outcome="hit",route="user",source="redis"} 0
+cacheproxy_reads_total{outcome="miss",route="a:b \"c\"\n",source="none"} 2
+cacheproxy_reads_total{outcome="miss",route="user",source="none"} 0
+cacheproxy_reads_total{outcome="negative",route="a:b \"c\"\n",source="none"} 1
+cacheproxy_reads_total{outcome="negative",route="user",source="none"} 0
+cacheproxy_redis_errors_total{reason="oom"} 0
+cacheproxy_redis_errors_total{reason="timeout"} 4
+cacheproxy_refused_total{route="a:b \"c\"\n"} 8
+cacheproxy_refused_total{route="user"} 0
+cacheproxy_route_info{phase="phase1",route="a:b \"c\"\n"} 1
+cacheproxy_route_info{phase="phase2",route="user"} 1
+cacheproxy_shed_total 20
+cacheproxy_stored_raw_only_total 24
+cacheproxy_uncertain_total 21
+cacheproxy_upstream_up{upstream="redis"} 0
+cacheproxy_writes_total{route="a:b \"c\"\n"} 7
+cacheproxy_writes_total{route="user"} 0
+`
+
+// families are the metrics of ours that a sidecar with these figures shows.
+func families(t *testing.T, r prometheus.Gatherer) (names []string) {
+	t.Helper()
+	all, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		if strings.HasPrefix(f.GetName(), "cacheproxy_") {
+			names = append(names, f.GetName())
+		}
+	}
+	return names
+}
+
+func TestMetrics(t *testing.T) {
+	w := httptest.NewRecorder()
+	r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+	r.Header.Set("Accept-Encoding", "gzip")
+	Handler(figures, Build{"v1", "abc", "go1"}).ServeHTTP(w, r)
+	if w.Code != http.StatusOK || w.Header().Get("Content-Encoding") != "" {
+		t.Errorf("status %d, encoding %q", w.Code, w.Header().Get("Content-Encoding"))
+	}
+	body := w.Body.String()
+	for _, name := range []string{"go_goroutines ", "process_resident_memory_bytes "} {
+		if runtime.GOOS == "linux" && !strings.Contains(body, "\n"+name) {
+			t.Errorf("no %s", name)
+		}
+	}
+	var got []string
+	for line := range strings.Lines(body) {
+		if strings.HasPrefix(line, "cacheproxy_") {
+			got = append(got, strings.TrimSuffix(line, "\n"))
+		}
+	}
+	slices.Sort(got)
+	want := strings.Split(strings.Trim(text, "\n"), "\n")
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("got:\n%s", strings.Join(got, "\n"))
+	}
+}
+
+func TestNames(t *testing.T) {
+	strict := prometheus.NewPedanticRegistry() // what is told must be what is described
+	strict.MustRegister(collector{figures, Build{}})
+	if names := families(t, strict); len(names) != len(all) {
+		t.Errorf("%d metrics are shown, of %d", len(names), len(all))
+	}
+	problems, err := testutil.GatherAndLint(registry(figures, Build{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
+// docs/metrics.md names every metric and every figure of /cache/stats, and no others.
+func TestEveryFigureIsDocumented(t *testing.T) {
+	b, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	compare := func(what string, pattern string, want []string) {
+		t.Helper()
+		found := map[string]bool{}
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(string(b), -1) {
+			found[m[1]] = true
+		}
+		slices.Sort(want)
+		want = slices.Compact(want)
+		if got := slices.Sorted(maps.Keys(found)); !slices.Equal(got, want) {
+			t.Errorf("%s\n%q, want\n%q", what, got, want)
+		}
+	}
+	compare("metrics", "`(cacheproxy_[a-z_]+)", families(t, registry(figures, Build{})))
+	compare("figures", "`((?:migration_phase|performance|redis|postgres|routes|journal|proxy)(?:\\.[a-z_]+)?)`", figureNames())
+}
+
+// figureNames are the paths in the JSON of /cache/stats, two levels deep.
+func figureNames() (names []string) {
+	name := func(f reflect.StructField) string {
+		n, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		return n
+	}
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[proxy.Stats]()) {
+		section := f.Type
+		if section.Kind() == reflect.Slice {
+			section = section.Elem()
+		}
+		if section.Kind() != reflect.Struct {
+			names = append(names, name(f))
+			continue
+		}
+		for _, inner := range reflect.VisibleFields(section) {
+			if !inner.Anonymous {
+				names = append(names, name(f)+"."+name(inner))
+			}
+		}
+	}
+	return names
+}
