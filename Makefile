@@ -7,15 +7,17 @@ FUZZTIME     ?= 10s
 MIN_COVERAGE ?= 80
 # How long `make soak` lasts.
 SOAK         ?= 40s
-# And `make chaos`.
+# And the histories of `make chaos`.
 CHAOS        ?= 3m
+# How long `make model` goes on, beyond what `make test` explores.
+MODEL        ?= 10m
 # The name under which `make bench` writes, and QUICK=1 for its short form.
 BENCH_NAME   ?= latest
 QUICK        ?=
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test clients soak chaos bench compare lint fuzz deps clean
+.PHONY: help run build test clients soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,11 +29,12 @@ build: ## build bin/cacheproxy, a static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/cacheproxy ./cmd/cacheproxy
 
 # Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
-# because a pipe in a POSIX shell answers with the code of its last command.
-test: ## run every test but soak and chaos with the race detector; policy, fallback and proxy must be covered
+# because a pipe in a POSIX shell answers with the code of its last command. The model explores in one goroutine, where the
+# race detector finds nothing and makes it ten times slower.
+test: ## run every test but soak and chaos, with the race detector; policy, fallback and proxy must be covered
 	@sh scripts/install-deps.sh test
 	@rm -f coverage.txt coverage.status
-	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
+	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos -e /test/model) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
 	@test "$$(cat coverage.status)" = 0
 	@for name in $(COVERED); do \
 		awk -v name=$$name -v min=$(MIN_COVERAGE) ' \
@@ -43,6 +46,7 @@ test: ## run every test but soak and chaos with the race detector; policy, fallb
 			} \
 			END { if (!found) { print "no coverage of cacheproxy/" name; bad = 1 } exit bad }' coverage.txt || exit 1; \
 	done
+	$(GO) test -count=1 -timeout=10m ./test/model
 
 # A module of its own, so that the clients are no dependencies of the product. Programs wait more than they compute: eight at
 # a time.
@@ -59,6 +63,9 @@ soak: ## run 200 clients with random lives through the built proxy for SOAK, suc
 chaos: ## several sidecars under faults for CHAOS, such as 1h; what clients were told is checked for linearizability
 	@sh scripts/install-deps.sh
 	CHAOS=$(CHAOS) $(GO) test -v -count=1 -timeout=0 ./test/chaos
+
+model: ## explore the model of the protocols, without the race detector, and go on for MODEL, such as 1h
+	MODEL=$(MODEL) $(GO) test -tags longer -v -count=1 -timeout=0 ./test/model
 
 # Alone, for it wants all of the machine. It builds its own program too, so that Ctrl-C reaches it without a `go run` between.
 bench: build ## measure the proxy beside Redis, HAProxy, twemproxy and Postgres; five minutes with QUICK=1

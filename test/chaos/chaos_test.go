@@ -6,7 +6,9 @@
 package chaos
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -22,41 +24,83 @@ import (
 	"cacheproxy/internal/testenv"
 
 	"github.com/anishathalye/porcupine"
+	"github.com/redis/go-redis/v9"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// fleets are the phases that sidecars have beside each other.
-var fleets = [][]string{
-	{"phase0", "phase0"}, {"phase0", "phase1"}, {"phase1", "phase1", "phase1"}, {"phase1", "phase2"}, {"phase2", "phase2"}, {"phase2", "drain"}, {"drain", "drain"},
+// fleets are the phases that sidecars have beside each other: each, and each two adjacent ones.
+var fleets = []fleet{
+	{"phase0", []string{"phase0", "phase0"}}, {"phase0+phase1", []string{"phase0", "phase1"}}, {"phase1", []string{"phase1", "phase1", "phase1"}},
+	{"phase1+phase2", []string{"phase1", "phase2"}}, {"phase2", []string{"phase2", "phase2"}}, {"phase2+drain", []string{"phase2", "drain"}},
+	{"drain", []string{"drain", "drain"}}, {"drain+phase3", []string{"drain", "phase3"}}, {"phase3", []string{"phase3", "phase3"}},
 }
 
-// unseen is how old a read may be under exception (a) of P3: journal.poll is 500 ms, and it takes as long as redis.timeout, 250 ms, to notice an outage.
+type fleet struct {
+	name   string
+	phases []string
+}
+
+func (f fleet) has(phase string) bool { return slices.Contains(f.phases, phase) }
+
+// redisAlone: what was written last may be in Redis alone.
+func (f fleet) redisAlone() bool { return f.has("phase2") || f.has("drain") || f.has("phase3") }
+
+// unseen is how old a read may be under exceptions (a) and (b) of P3: journal.poll is 500 ms, and it takes as long as redis.timeout, 250 ms, to notice an outage.
 const unseen = 1600 * time.Millisecond
 
 const clients = 12
 
-// run is one fleet under one nemesis.
+// run is one fleet under one nemesis, for a while.
 type run struct {
 	traffic
+	fleet
 	nemesis
-	redisAlone bool // what was written last may be in Redis alone
+	redisAlone bool          // what was written last may be in Redis alone
+	unkept     bool          // a history that fails is not kept, for it is meant to
+	most       time.Duration // how long a write may be missed by reads
 	faults     atomic.Int64
 }
 
-// outcome is a line of the report.
+// outcome is what a run, or all runs of one fleet and nemesis, found.
 type outcome struct {
-	fleet, nemesis                     string
-	commands, refused, unknown, faults int64
-	keys                               int
-	stale                              time.Duration // the longest that a read was behind
-	excepted                           int           // keys that exception (a) explains
-	repaired                           time.Duration // the longest a journal took to become empty
+	runs                                       int
+	commands, unsent, refused, unknown, faults int64
+	keys                                       int
+	lives                                      int           // reads of keys with a TTL
+	stale                                      time.Duration // the longest that a read was behind
+	excepted                                   int           // keys that only exceptions (a) and (b) explain
+	repaired                                   time.Duration // the longest a journal took to become empty when all was well again
+	unrepaired                                 time.Duration // the longest that a key stood in a journal, as the sidecars tell that repaired it
+	anomalies                                  []string
+	reasons                                    []string
 }
 
-// TestChaos takes CHAOS, how long all of it is to last, and CHAOS_SEED. Without them it is a minute with a seed of its own.
+func (o *outcome) add(n outcome) {
+	o.runs += n.runs
+	o.commands += n.commands
+	o.unsent += n.unsent
+	o.refused += n.refused
+	o.unknown += n.unknown
+	o.faults += n.faults
+	o.keys += n.keys
+	o.lives += n.lives
+	o.stale = max(o.stale, n.stale)
+	o.excepted += n.excepted
+	o.repaired = max(o.repaired, n.repaired)
+	o.unrepaired = max(o.unrepaired, n.unrepaired)
+	o.anomalies = append(o.anomalies, n.anomalies...)
+}
+
+// cell is a line of the report.
+type cell struct{ fleet, nemesis string }
+
+// fixedSeed is that of the first half of a run that is not told one, so that two such runs do the same there as far as the machine lets them.
+const fixedSeed = 1
+
+// TestChaos takes CHAOS, how long all of it is to last, and CHAOS_SEED. Without them it takes three minutes, half of it with a seed of its own.
 func TestChaos(t *testing.T) {
-	length := 56 * time.Second
+	length := 3 * time.Minute
 	if v := os.Getenv("CHAOS"); v != "" {
 		d, err := time.ParseDuration(v)
 		if err != nil {
@@ -64,95 +108,170 @@ func TestChaos(t *testing.T) {
 		}
 		length = d
 	}
-	seed := uint64(time.Now().UnixNano())
+	seeds := []uint64{fixedSeed, uint64(time.Now().UnixNano())}
 	if v := os.Getenv("CHAOS_SEED"); v != "" {
 		n, err := strconv.ParseUint(v, 10, 64)
 		if err != nil {
 			t.Fatalf("CHAOS_SEED: %v", err)
 		}
-		seed = n
+		seeds = []uint64{n}
 	}
-	each := length / time.Duration(len(fleets)*len(nemeses))
-	var all []outcome
-	for _, fleet := range fleets {
-		for _, n := range nemeses {
-			name := strings.Join(slices.Compact(slices.Clone(fleet)), "+")
-			t.Run(name+"/"+n.name, func(t *testing.T) {
-				o := chaos(t, fleet, n, each, seed)
-				o.fleet, o.nemesis = name, n.name
-				all = append(all, o)
+	t.Logf("seeds: %d", seeds)
+	all := map[cell]*outcome{}
+	share := length / time.Duration(len(fleets)+1) / time.Duration(len(seeds))
+	program := testenv.Program(t)
+	for _, seed := range seeds {
+		for i, f := range fleets {
+			t.Run(f.name, func(t *testing.T) {
+				c := newCluster(t, options{program: program}, f.phases...)
+				rng := rand.New(rand.NewPCG(seed, uint64(i)))
+				for end := time.Now().Add(share); time.Now().Before(end) && !t.Failed(); {
+					for _, i := range rng.Perm(len(nemeses)) {
+						if time.Now().After(end) {
+							break
+						}
+						chaos(t, c, f, nemeses[i], rng.Uint64(), all)
+					}
+				}
 			})
 		}
+		t.Run(journey.name, func(t *testing.T) {
+			f := fleet{"phases", []string{"phase0", "phase0", "phase0"}}
+			rng := rand.New(rand.NewPCG(seed, uint64(len(fleets))))
+			for end := time.Now().Add(share); time.Now().Before(end) && !t.Failed(); {
+				chaos(t, newCluster(t, options{program: program}, f.phases...), f, journey, rng.Uint64(), all)
+			}
+		})
 	}
 	t.Log("\n" + report(all))
 }
 
-func chaos(t *testing.T, fleet []string, n nemesis, length time.Duration, seed uint64) (o outcome) {
-	r := &run{nemesis: n, redisAlone: slices.ContainsFunc(fleet, func(p string) bool { return p == "phase2" || p == "drain" })}
-	r.traffic = traffic{c: newCluster(t, fleet), seed: seed, began: time.Now(), stop: make(chan struct{})}
+// chaos is one run, as a test of its own.
+func chaos(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64, all map[cell]*outcome) {
+	t.Run(n.name, func(t *testing.T) {
+		o := newRun(t, c, f, n, seed).judge(n.length())
+		for _, a := range o.anomalies {
+			t.Errorf("%s; CHAOS_SEED=%d", a, seed)
+		}
+		if t.Failed() {
+			t.Log(strings.Join(o.reasons, "\n"))
+		}
+		at := cell{f.name, n.name}
+		if all[at] == nil {
+			all[at] = &outcome{}
+		}
+		all[at].add(o)
+	})
+}
+
+// length is how long a run takes.
+func (n nemesis) length() time.Duration {
+	if n.name == journey.name {
+		return 12 * time.Second // there and back
+	}
+	return 1500 * ms
+}
+
+var runs atomic.Int64
+
+func newRun(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64) *run {
+	r := &run{fleet: f, nemesis: n, redisAlone: f.redisAlone()}
+	if n.apart || n.storeless && f.has("phase0") {
+		r.most = unseen
+	}
+	r.traffic = traffic{c: c, t: t, prefix: fmt.Sprintf("r%d", runs.Add(1)), seed: seed, began: time.Now(), stop: make(chan struct{}), forgetful: n.forgets && r.redisAlone,
+		uncounted: n.storeless || n.apart && r.redisAlone && f.has("phase1")}
+	return r
+}
+
+// judge lets clients and the nemesis work for a time, and says what it found.
+func (r *run) judge(length time.Duration) (o outcome) {
 	var wg sync.WaitGroup
 	for i := range clients {
-		wg.Go(func() { r.run(i + 1) })
+		wg.Go(func() { r.client(i + 1) })
 	}
-	wg.Go(func() { n.do(r, rand.New(rand.NewPCG(seed, 1000))) })
+	for i := range 4 {
+		wg.Go(func() { r.live(i) })
+	}
+	wg.Go(func() { r.do(r, rand.New(rand.NewPCG(r.seed, 1000))) })
 	time.Sleep(length)
 	close(r.stop)
 	wg.Wait()
-	r.c.ready()
-	o.repaired = r.c.journals()
+	r.c.ready(r.t)
+	o.repaired = r.c.journals(r.t)
+	o.unrepaired = r.c.unrepaired(r.t)
 	r.last()
-	o.commands, o.refused, o.unknown, o.faults, o.keys = r.commands.Load(), r.refused.Load(), r.unknown.Load(), r.faults.Load(), len(r.keys)
-	most := time.Duration(0)
-	if n.unseen {
-		most = unseen
-	}
+	o.runs, o.commands, o.unsent, o.refused, o.unknown = 1, r.commands.Load(), r.unsent.Load(), r.refused.Load(), r.unknown.Load()
+	o.faults, o.keys = r.faults.Load(), len(r.keys)
+	r.judgeLives()
 	for _, k := range r.keys {
-		v := check(k.ops, most)
+		v := check(k.ops, r.most)
 		switch {
 		case v.result != porcupine.Ok:
-			t.Errorf("%s: %s; CHAOS_SEED=%d, the history is in %s", k.name, v.result, seed, keep(t, k, seed))
+			where := ""
+			if !r.unkept {
+				where = ", the history is in " + keep(r.t, k)
+			}
+			o.anomalies = append(o.anomalies, fmt.Sprintf("%s: %s%s", k.name, v.result, where))
 		case v.slack > 0:
 			o.excepted++
 			o.stale = max(o.stale, v.slack)
 		}
 	}
-	if t.Failed() {
-		r.reasons.Range(func(what, n any) bool {
-			t.Logf("%6d times %s", n.(*atomic.Int64).Load(), what)
-			return true
-		})
-	}
+	o.lives = len(r.lives.reads)
+	o.anomalies = append(o.anomalies, r.lives.wrong...)
+	r.reasons.Range(func(what, n any) bool {
+		o.reasons = append(o.reasons, fmt.Sprintf("%6d times %s", n.(*atomic.Int64).Load(), what))
+		return true
+	})
 	return o
 }
 
-// last reads what is left through every sidecar, when all is well again.
+// last reads what is left through every sidecar, when all is well again. Where the store has a copy of everything, Redis loses its whole memory in between (P4).
 func (r *run) last() {
+	r.readAll()
+	if !r.redisAlone && r.nemesis.name != journey.name {
+		if _, err := ask(r.c.redis(), "FLUSHALL"); err != nil {
+			r.t.Error(err)
+		}
+		r.readAll()
+	}
+}
+
+func (r *run) readAll() {
 	for _, s := range r.c.sidecars {
 		c := client(s.addr)
 		for _, k := range r.keys {
-			call := r.now()
-			said, err := c.Do(r.c.t.Context(), "GET", k.name).Text()
-			if err != nil && err.Error() != "redis: nil" {
-				r.c.t.Errorf("%s, when all is well again: %v", k.name, err)
-				continue
-			}
-			if err != nil {
-				said = "(nil)"
-			}
-			k.note(porcupine.Operation{ClientId: clients + 1, Input: input{verb: get}, Call: call, Output: output{true, said}, Return: r.now()})
+			var said string
+			var call int64
+			soon(r.t, k.name+" can be read", func() (err error) {
+				call = r.now()
+				said, err = c.Do(context.Background(), "GET", k.name).Text()
+				if errors.Is(err, redis.Nil) {
+					said, err = "(nil)", nil
+				}
+				return err
+			})
+			k.note(porcupine.Operation{ClientId: clients + 1, Input: input{verb: get, forgetful: r.forgetful}, Call: call, Output: output{true, said}, Return: r.now()})
 		}
 		c.Close()
 	}
 }
 
+// line is a command in the file of a history.
+type line struct {
+	Client    int
+	From, To  float64 // ms; To is -1 if it never returned
+	Verb      verb
+	How, Arg  string
+	Forgetful bool   `json:",omitempty"`
+	Uncounted bool   `json:",omitempty"`
+	Got       string // "?": nobody knows
+}
+
 // keep writes a history that was judged wrong, as JSON and as a page to look at, and returns where.
-func keep(t *testing.T, k *key, seed uint64) string {
+func keep(t *testing.T, k *key) string {
 	t.Helper()
-	type line struct {
-		Client   int
-		From, To float64 // ms
-		Did, Got string
-	}
 	var lines []line
 	for _, op := range k.ops {
 		got := "?"
@@ -163,14 +282,15 @@ func keep(t *testing.T, k *key, seed uint64) string {
 		if op.Return == never {
 			to = -1
 		}
-		lines = append(lines, line{op.ClientId, float64(op.Call) / 1e6, to, fmt.Sprint(op.Input.(input), " ", op.Input.(input).arg), got})
+		in := op.Input.(input)
+		lines = append(lines, line{op.ClientId, float64(op.Call) / 1e6, to, in.verb, in.how, in.arg, in.forgetful, in.uncounted, got})
 	}
 	b, err := json.MarshalIndent(lines, "", " ")
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := "failures"
-	file := filepath.Join(dir, fmt.Sprintf("%s-%d-%s.json", strings.ReplaceAll(strings.ReplaceAll(t.Name(), "/", "-"), " ", "_"), seed, k.name))
+	file := filepath.Join(dir, fmt.Sprintf("%s-%s.json", strings.ReplaceAll(strings.ReplaceAll(t.Name(), "/", "-"), " ", "_"), k.name))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -185,22 +305,28 @@ func keep(t *testing.T, k *key, seed uint64) string {
 }
 
 // report is what was done and found.
-func report(all []outcome) string {
+func report(all map[cell]*outcome) string {
 	var b strings.Builder
 	var sum outcome
-	fmt.Fprintf(&b, "%-14s %-18s %8s %8s %8s %7s %6s %9s %9s %9s\n", "fleet", "nemesis", "commands", "refused", "unknown", "faults", "keys", "excepted", "stale ≤", "repaired")
-	for _, o := range all {
-		fmt.Fprintf(&b, "%-14s %-18s %8d %8d %8d %7d %6d %9d %9v %9v\n", o.fleet, o.nemesis, o.commands, o.refused, o.unknown, o.faults, o.keys, o.excepted, o.stale, o.repaired.Round(time.Millisecond))
-		sum.commands += o.commands
-		sum.refused += o.refused
-		sum.unknown += o.unknown
-		sum.faults += o.faults
-		sum.keys += o.keys
-		sum.excepted += o.excepted
+	fmt.Fprintf(&b, "%-14s %-18s %5s %9s %8s %8s %8s %7s %6s %7s %9s %9s %9s %10s\n", "fleet", "nemesis", "runs", "commands", "refused", "unknown", "unsent", "faults", "keys", "ttl", "excepted", "stale ≤", "repaired", "unrepaired")
+	line := func(at cell, o *outcome) {
+		fmt.Fprintf(&b, "%-14s %-18s %5d %9d %8d %8d %8d %7d %6d %7d %9d %9v %9v %10v\n", at.fleet, at.nemesis, o.runs, o.commands, o.refused, o.unknown, o.unsent, o.faults, o.keys, o.lives, o.excepted,
+			o.stale, o.repaired.Round(ms), o.unrepaired.Round(ms))
 	}
+	for _, f := range append(slices.Clone(fleets), fleet{name: "phases"}) {
+		for _, n := range append(slices.Clone(nemeses), journey) {
+			at := cell{f.name, n.name}
+			if o := all[at]; o != nil {
+				line(at, o)
+				sum.add(*o)
+			}
+		}
+	}
+	line(cell{"all", ""}, &sum)
+	fmt.Fprintf(&b, "stale: how late a read was, by exception (a) or (b). repaired: how long the journals took to become empty after the last fault. unrepaired: how long a key stood in one, the outage included.\n")
 	if sum.commands > 0 {
-		fmt.Fprintf(&b, "%d commands, %.1f %% with a definite outcome, %d faults, %d keys judged, %d of them by exception (a) of P3\n",
-			sum.commands, 100*float64(sum.commands-sum.unknown-sum.refused)/float64(sum.commands), sum.faults, sum.keys, sum.excepted)
+		fmt.Fprintf(&b, "%d commands, %.1f %% with a definite outcome (%.1f %% done, the others refused); %d keys judged, %d of them by exceptions (a) and (b) of P3; %d reads of keys with a TTL; %d anomalies\n",
+			sum.commands, 100*float64(sum.commands-sum.unknown)/float64(sum.commands), 100*float64(sum.commands-sum.unknown-sum.refused)/float64(sum.commands), sum.keys, sum.excepted, sum.lives, len(sum.anomalies))
 	}
 	return b.String()
 }

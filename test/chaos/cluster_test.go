@@ -2,11 +2,15 @@ package chaos
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -25,53 +29,63 @@ func init() { logging.Disable() }
 // patience bounds what must come true once everything is well again.
 const patience = 60 * time.Second
 
-// cluster is a Redis, a Postgres, and the sidecars before them, each with links of its own to both.
+// cluster is two Redis, of which one is in use, a Postgres, and the sidecars before them, each with links of its own to both.
 type cluster struct {
 	t        *testing.T
-	redis    *devserver.Redis
+	servers  [2]*devserver.Redis
+	copies   [2]*testenv.Link // in front of each, for its replica
 	pg       *devserver.Postgres
 	sidecars []*sidecar
+
+	mu  sync.Mutex
+	use int // guarded by mu: the server in use
 }
 
 // sidecar is one process of the proxy as it is shipped.
 type sidecar struct {
-	t                *testing.T
+	t *testing.T
+	options
 	config           string
-	phase            string
 	addr, observe    string
 	toRedis, toStore *testenv.Link
+	steps            *testenv.Steps
 	log              testenv.Output
 
-	mu  sync.Mutex
-	cmd *exec.Cmd // guarded by mu; nil: it is down
+	mu    sync.Mutex
+	phase string    // guarded by mu
+	cmd   *exec.Cmd // guarded by mu; nil: it is down
 }
 
-func newCluster(t *testing.T, phases []string) *cluster {
+// options are what the sidecars of a cluster have in common.
+type options struct {
+	program string
+	wrong   string        // the rule that it breaks, if it is built to
+	poll    time.Duration // journal.poll; 0: the default
+	steps   bool          // their messages to the stores can be looked at
+}
+
+// newCluster starts sidecars in phases.
+func newCluster(t *testing.T, o options, phases ...string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, redis: testenv.Redis(t), pg: testenv.PostgresServer(t)}
+	c := &cluster{t: t, pg: testenv.PostgresServer(t)}
+	for i := range c.servers {
+		c.servers[i] = testenv.Redis(t, "--repl-diskless-sync-delay", "0")
+		c.copies[i] = testenv.NewLink(t, c.servers[i].Addr())
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := c.pg.CreateDatabase(ctx, "app"); err != nil {
 		t.Fatal(err)
 	}
 	for _, phase := range phases {
-		s := &sidecar{t: t, phase: phase, toRedis: testenv.NewLink(t, c.redis.Addr()), toStore: testenv.NewLink(t, c.pg.Addr())}
+		s := &sidecar{t: t, options: o, toRedis: testenv.NewLink(t, c.redis().Addr()), toStore: testenv.NewLink(t, c.pg.Addr())}
 		addr := func() string { return fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t)) }
 		s.addr, s.observe = addr(), addr()
 		s.config = filepath.Join(t.TempDir(), "config.yaml")
-		// What stands here is not the default: a miss while the store that might hold the value cannot be asked is an error, so that nil means nil.
-		text := fmt.Sprintf(`
-listen: {address: %q}
-observe: {address: %q}
-admin: {address: ""}
-redis: {url: "redis://%s/0"}
-postgres: {url: %q}
-log: {level: warn}
-routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
-`, s.addr, s.observe, s.toRedis.Addr(), c.pg.URLVia(s.toStore.Addr(), "app"), phase)
-		if err := os.WriteFile(s.config, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
+		if o.steps {
+			s.steps = testenv.NewSteps(s.toRedis, s.toStore)
 		}
+		s.configure(c, phase)
 		c.sidecars = append(c.sidecars, s)
 		s.start()
 		t.Cleanup(func() {
@@ -81,21 +95,72 @@ routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
 			}
 		})
 	}
-	c.ready()
+	c.ready(t)
 	return c
+}
+
+// configure writes its configuration. What stands here is not the default: a miss while the store that might hold the value cannot be asked is an error, so
+// that nil means nil.
+func (s *sidecar) configure(c *cluster, phase string) {
+	s.mu.Lock()
+	s.phase = phase
+	s.mu.Unlock()
+	text := fmt.Sprintf(`
+listen: {address: %q}
+observe: {address: %q}
+admin: {address: ""}
+redis: {url: "redis://%s/0"}
+postgres: {url: %q}
+log: {level: warn}
+routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
+`, s.addr, s.observe, s.toRedis.Addr(), c.pg.URLVia(s.toStore.Addr(), "app"), phase)
+	if s.poll > 0 {
+		text += fmt.Sprintf("journal: {poll: %v}\n", s.poll)
+	}
+	// Written beside and moved into place, so that it is never read in half.
+	if err := os.WriteFile(s.config+".new", []byte(text), 0o600); err != nil {
+		s.t.Error(err)
+	}
+	if err := os.Rename(s.config+".new", s.config); err != nil {
+		s.t.Error(err)
+	}
+}
+
+// serves: it is in the phase that it was configured for.
+func (s *sidecar) serves() error {
+	s.mu.Lock()
+	want := "phase=" + s.phase + ","
+	s.mu.Unlock()
+	c := client(s.addr)
+	defer c.Close()
+	info, err := c.Info(context.Background(), "cacheproxy").Result()
+	if err == nil && !strings.Contains(info, want) {
+		err = fmt.Errorf("no %s in INFO", want)
+	}
+	return err
 }
 
 func (s *sidecar) start() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	cmd := exec.Command(testenv.Program(s.t), "serve", "--config", s.config)
+	cmd := exec.Command(s.program, "serve", "--config", s.config)
 	cmd.Env = []string{"HOME=" + filepath.Dir(s.config)}
+	if s.wrong != "" {
+		cmd.Env = append(cmd.Env, "WRONG_PROTOCOL="+s.wrong)
+	}
 	cmd.Stdout, cmd.Stderr = &s.log, &s.log
 	if err := cmd.Start(); err != nil {
 		s.t.Errorf("start a sidecar: %v", err)
 		return
 	}
 	s.cmd = cmd
+}
+
+// dead: it was killed.
+func (s *sidecar) dead() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cmd == nil
 }
 
 // kill is kill -9.
@@ -140,11 +205,75 @@ func soon(t *testing.T, what string, check func() error) time.Duration {
 	return patience
 }
 
-func (c *cluster) ready() {
-	c.t.Helper()
+func (c *cluster) ready(t *testing.T) {
+	t.Helper()
 	for _, s := range c.sidecars {
-		soon(c.t, "a sidecar is ready", s.isReady)
+		soon(t, "a sidecar is ready", s.isReady)
 	}
+}
+
+// redis is the server in use, other the one that may become its replica.
+func (c *cluster) redis() *devserver.Redis { return c.servers[c.inUse()] }
+func (c *cluster) other() *devserver.Redis { return c.servers[1-c.inUse()] }
+
+func (c *cluster) inUse() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.use
+}
+
+// ask says one command to a Redis itself.
+func ask(r *devserver.Redis, args ...any) (any, error) {
+	c := client(r.Addr())
+	defer c.Close()
+	return c.Do(context.Background(), args...).Result()
+}
+
+// forget removes what a Redis has on disk: it will start empty.
+func (c *cluster) forget(r *devserver.Redis) error {
+	dir, err := ask(r, "CONFIG", "GET", "dir")
+	if err != nil {
+		return err
+	}
+	err = os.Remove(filepath.Join(dir.([]any)[1].(string), "dump.rdb"))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return err
+}
+
+// replicate makes the other Redis a replica of the one in use, and waits until it is.
+func (c *cluster) replicate(t *testing.T) {
+	t.Helper()
+	link := c.copies[c.inUse()]
+	link.Heal()
+	host, port, _ := strings.Cut(link.Addr(), ":")
+	if _, err := ask(c.other(), "REPLICAOF", host, port); err != nil {
+		t.Errorf("REPLICAOF: %v", err)
+		return
+	}
+	soon(t, "the replica follows", func() error {
+		info, err := ask(c.other(), "INFO", "replication")
+		if err == nil && !strings.Contains(info.(string), "master_link_status:up") {
+			err = errors.New("its link is down")
+		}
+		return err
+	})
+}
+
+// failOver puts the replica in the place of its primary, which is gone.
+func (c *cluster) failOver() error {
+	if _, err := ask(c.other(), "REPLICAOF", "NO", "ONE"); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.use = 1 - c.use
+	addr := c.servers[c.use].Addr()
+	c.mu.Unlock()
+	for _, s := range c.sidecars {
+		s.toRedis.Aim(addr)
+	}
+	return nil
 }
 
 // client has one connection and asks once.
@@ -155,13 +284,37 @@ func client(addr string) *redis.Client {
 	})
 }
 
+// unrepaired is the longest that a key has stood in a journal before a sidecar that lives repaired it. A sidecar counts since it started.
+func (c *cluster) unrepaired(t *testing.T) (longest time.Duration) {
+	for _, s := range c.sidecars {
+		resp, err := web.Get("http://" + s.observe + "/cache/stats")
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		var stats struct {
+			Journal struct {
+				RedisStale float64 `json:"redis_stale_longest_seconds"`
+				StoreStale float64 `json:"store_stale_longest_seconds"`
+			} `json:"journal"`
+		}
+		err = json.NewDecoder(resp.Body).Decode(&stats)
+		resp.Body.Close()
+		if err != nil {
+			t.Error(err)
+		}
+		longest = max(longest, time.Duration(max(stats.Journal.RedisStale, stats.Journal.StoreStale)*float64(time.Second)))
+	}
+	return longest
+}
+
 // journals waits until neither store is journaled as stale, and returns how long that took.
-func (c *cluster) journals() time.Duration {
-	direct := client(c.redis.Addr())
+func (c *cluster) journals(t *testing.T) time.Duration {
+	direct := client(c.redis().Addr())
 	defer direct.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
-	return soon(c.t, "the journals are empty", func() error {
+	return soon(t, "the journals are empty", func() error {
 		n, err := direct.HLen(ctx, "cacheproxy:journal").Result()
 		switch {
 		case err != nil:

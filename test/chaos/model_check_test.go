@@ -1,6 +1,9 @@
 package chaos
 
 import (
+	"encoding/json"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -15,7 +18,43 @@ func op(client int, from, to int64, v verb, arg, reply string) porcupine.Operati
 	} else {
 		to *= int64(time.Millisecond)
 	}
-	return porcupine.Operation{ClientId: client, Input: input{v, arg, ""}, Call: from * int64(time.Millisecond), Output: out, Return: to}
+	return porcupine.Operation{ClientId: client, Input: input{verb: v, arg: arg}, Call: from * int64(time.Millisecond), Output: out, Return: to}
+}
+
+// Histories of real runs that reads explain which are late by exceptions (a) and (b), and nothing without.
+func TestLateReads(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.json")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no histories", err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines []line
+		if err := json.Unmarshal(text, &lines); err != nil {
+			t.Fatal(err)
+		}
+		var ops []porcupine.Operation
+		for _, l := range lines {
+			op := porcupine.Operation{ClientId: l.Client, Input: input{l.Verb, l.Arg, l.How, l.Forgetful, l.Uncounted},
+				Call: int64(l.From * 1e6), Output: output{l.Got != "?", l.Got}, Return: int64(l.To * 1e6)}
+			if l.To < 0 {
+				op.Return = never
+			}
+			ops = append(ops, op)
+		}
+		began := time.Now()
+		v := check(ops, unseen)
+		t.Logf("%s: %s with %v, judged in %v", file, v.result, v.slack, time.Since(began).Round(time.Millisecond))
+		if v.result != porcupine.Ok {
+			t.Errorf("%s: %s", file, v.result)
+		}
+		if r := check(ops, 0).result; r != porcupine.Illegal {
+			t.Errorf("%s: %s though no staleness is allowed", file, r)
+		}
+	}
 }
 
 // The checker finds what must not be, and nothing else.

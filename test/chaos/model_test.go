@@ -1,8 +1,10 @@
 package chaos
 
 import (
+	"cmp"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,8 +14,11 @@ import (
 
 // What a history is judged by: one key of Redis, as a string or nothing, and what each command answers and leaves.
 
-// absent is the state of a key that is not there; a value is "=" and itself.
-const absent = "-"
+// absent is the state of a key that is not there; a value is "=" and itself. unknown is that of a key that may hold anything: what is read next tells.
+const (
+	absent  = "-"
+	unknown = "?"
+)
 
 // verb is what a command does to one key: a closed list.
 type verb string
@@ -27,13 +32,21 @@ const (
 	add    verb = "APPEND"
 	expire verb = "EXPIRE" // with a TTL that nobody lives to see
 	swap   verb = "swap"   // the value before, and SET: GETSET, a script, or MULTI
-	gone   verb = "gone"   // Redis has forgotten the key; it may have been the only holder
+
+	// What is done to all keys:
+	flushed verb = "FLUSHALL"
+	gone    verb = "gone"  // Redis has forgotten the key; it may have been the only holder
+	older   verb = "older" // Redis has an older memory: the key may be as it was at any time before
 )
 
 type input struct {
 	verb verb
 	arg  string
 	how  string // where a verb stands for several commands
+	// forgetful: Redis may have forgotten the key just before, and have been its only holder.
+	forgetful bool
+	// uncounted: a DEL that finds nothing may be wrong about it, for the other store could not be asked (exception (e) of P3).
+	uncounted bool
 }
 
 type output struct {
@@ -71,7 +84,7 @@ func (in input) apply(state string) (reply, next string) {
 		return "OK", "=" + in.arg
 	case del:
 		return one(exists), absent
-	case gone:
+	case gone, flushed:
 		return "", absent
 	case incr:
 		n, err := strconv.ParseInt(value, 10, 64)
@@ -90,19 +103,57 @@ func (in input) apply(state string) (reply, next string) {
 	panic("no such command: " + in.verb)
 }
 
+// step returns the states that a command may leave of a key in state, none if it would not have answered so.
+func step(state string, in input, out output) []any {
+	if in.forgetful && state != absent {
+		in.forgetful = false
+		return append(step(state, in, out), step(absent, in, out)...)
+	}
+	if in.verb == older {
+		return []any{state, unknown}
+	}
+	if state == unknown {
+		return in.learn(out)
+	}
+	reply, next := in.apply(state)
+	switch {
+	case in.verb == gone: // or somebody else had it too
+		return []any{state, next}
+	case in.uncounted && in.verb == del && out.text == ":0":
+	case out.known && in.verb != flushed && out.text != reply:
+		return nil
+	}
+	return []any{next}
+}
+
+// learn is apply for a key that may hold anything: the answer tells what it was, if it is one that the command gives at all.
+func (in input) learn(out output) []any {
+	held := "=" + out.text
+	if out.text == "(nil)" {
+		held = absent
+	}
+	switch {
+	case in.verb == set, in.verb == swap:
+		return []any{"=" + in.arg}
+	case in.verb == del, in.verb == flushed, in.verb == gone:
+		return []any{absent}
+	case !out.known, in.verb == add: // of a value of unknown length
+		return []any{unknown}
+	case in.verb == get:
+		return []any{held}
+	case in.verb == setNX && out.text == "OK":
+		return []any{"=" + in.arg}
+	case in.verb == expire && out.text == ":0":
+		return []any{absent}
+	case in.verb == incr && strings.HasPrefix(out.text, ":"):
+		return []any{"=" + out.text[1:]}
+	}
+	return []any{unknown}
+}
+
 var model = (&porcupine.NondeterministicModel{
-	Init: func() []any { return []any{absent} },
-	Step: func(state, in, out any) []any {
-		i, o := in.(input), out.(output)
-		reply, next := i.apply(state.(string))
-		switch {
-		case i.verb == gone: // or somebody else had it too
-			return []any{state, next}
-		case o.known && o.text != reply:
-			return nil
-		}
-		return []any{next}
-	},
+	Init:  func() []any { return []any{absent} },
+	Step:  func(state, in, out any) []any { return step(state.(string), in.(input), out.(output)) },
 	Equal: func(a, b any) bool { return a == b },
 	DescribeOperation: func(in, out any) string {
 		i, o := in.(input), out.(output)
@@ -124,31 +175,102 @@ type verdict struct {
 }
 
 // slacks are tried in turn: the first that explains a history is how long staleness lasted in it, rounded up.
-func slacks(most time.Duration) []time.Duration {
-	all := []time.Duration{0}
-	for d := most / 16; most > 0 && d <= most; d *= 2 {
+func slacks(most time.Duration) (all []time.Duration) {
+	for d := most / 16; d <= most; d *= 2 {
 		all = append(all, d)
 	}
 	return all
 }
 
-// checkTime bounds one check. A history that takes longer counts as failed.
-const checkTime = 60 * time.Second
+const (
+	// checkTime bounds one check. A history that takes longer counts as failed.
+	checkTime = 60 * time.Second
+	// maxLate bounds how many reads of one key an exception may explain.
+	maxLate = 64
+)
 
-// check judges one key's history. most is for how long a write may be missed by reads (exception (a) of P3); writes never
-// miss one.
+// check judges one key's history. most is for how long a write may be missed by reads (exceptions (a) and (b) of P3); writes never miss one.
+//
+// Only reads that cannot be explained otherwise are allowed to be late. To allow it to all of them would be as right, but then each is concurrent with
+// hundreds of others, and no check ends.
 func check(ops []porcupine.Operation, most time.Duration) (v verdict) {
-	for _, v.slack = range slacks(most) {
-		late := make([]porcupine.Operation, len(ops))
-		for i, op := range ops {
-			if op.Input.(input).verb == get {
-				op.Call -= int64(v.slack) // what it answers was true then
-			}
-			late[i] = op
+	if v.result = porcupine.CheckOperationsTimeout(model, ops, checkTime); v.result != porcupine.Illegal || most == 0 {
+		return v
+	}
+	late := map[int]bool{}
+	for len(late) < maxLate {
+		result, info := porcupine.CheckOperationsVerbose(model, delayed(ops, late, most), checkTime)
+		if result == porcupine.Unknown {
+			v.result = result
+			return v
 		}
-		if v.result = porcupine.CheckOperationsTimeout(model, late, checkTime); v.result != porcupine.Illegal {
+		if result == porcupine.Ok {
+			break
+		}
+		if !suspect(ops, blocks(ops, info), late, most) {
+			return v
+		}
+	}
+	for _, v.slack = range slacks(most) {
+		if v.result = porcupine.CheckOperationsTimeout(model, delayed(ops, late, v.slack), checkTime); v.result != porcupine.Illegal {
 			return v
 		}
 	}
 	return v
+}
+
+// suspect adds reads to late, for one of them may be why a history cannot go on with operation i: i itself, or else the last ones before it, which may have seen what
+// was overwritten, so that it came too early for i. false: there are none.
+func suspect(ops []porcupine.Operation, i int, late map[int]bool, most time.Duration) bool {
+	if i < 0 {
+		return false
+	}
+	if ops[i].Input.(input).verb == get && !late[i] {
+		late[i] = true
+		return true
+	}
+	var before []int
+	for j, op := range ops {
+		if op.Input.(input).verb == get && !late[j] && op.Call < ops[i].Return && op.Return > ops[i].Call-int64(most) {
+			before = append(before, j)
+		}
+	}
+	slices.SortFunc(before, func(a, b int) int { return cmp.Compare(ops[b].Call, ops[a].Call) })
+	for _, j := range before[:min(len(before), atOnce)] {
+		late[j] = true
+	}
+	return len(before) > 0
+}
+
+// atOnce reads are suspected at once: few, so that not many more are delayed than must be.
+const atOnce = 4
+
+// delayed lets some reads answer what was true up to d before they were asked.
+func delayed(ops []porcupine.Operation, late map[int]bool, d time.Duration) []porcupine.Operation {
+	out := slices.Clone(ops)
+	for i := range late {
+		out[i].Call -= int64(d)
+	}
+	return out
+}
+
+// blocks is the operation that the longest explanation of a history's beginning fails at, -1 for none.
+func blocks(ops []porcupine.Operation, info porcupine.LinearizationInfo) int {
+	var longest []int
+	for _, p := range info.PartialLinearizations()[0] {
+		if len(p) > len(longest) {
+			longest = p
+		}
+	}
+	in := make([]bool, len(ops))
+	for _, i := range longest {
+		in[i] = true
+	}
+	at := -1
+	for i := range ops {
+		if !in[i] && (at < 0 || ops[i].Return < ops[at].Return) {
+			at = i
+		}
+	}
+	return at
 }

@@ -2,18 +2,25 @@ package chaos
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"time"
 
 	"cacheproxy/internal/testenv"
 )
 
-// nemesis does harm until stop, and has mended it all when it returns. It counts what it did.
+// nemesis does harm until r.stop, and has mended it all when it returns. It counts what it did.
 type nemesis struct {
 	name string
-	// unseen: while it is at work a sidecar may not reach Redis, so that others may miss what is written through it (exception (a) of P3).
-	unseen bool
-	do     func(r *run, rng *rand.Rand)
+	// apart: while it is at work a sidecar may not reach Redis, so that others may miss what is written through it (exception (a) of P3).
+	apart bool
+	// storeless: Postgres may not be reached, so that what is acknowledged stands in Redis alone (exception (b)).
+	storeless bool
+	// forgets: Redis forgets keys all the time.
+	forgets bool
+	do      func(r *run, rng *rand.Rand)
 }
 
 // sleep waits between min and max. false: it is over.
@@ -29,14 +36,14 @@ func (r *run) sleep(rng *rand.Rand, min, max time.Duration) bool {
 const ms = time.Millisecond
 
 var nemeses = []nemesis{
-	{"nothing", false, func(r *run, _ *rand.Rand) { <-r.stop }},
-	{"evict", false, func(r *run, rng *rand.Rand) {
-		c := client(r.c.redis.Addr())
+	{name: "nothing", do: func(r *run, _ *rand.Rand) { <-r.stop }},
+	{name: "evict", do: func(r *run, rng *rand.Rand) {
+		c := client(r.c.redis().Addr())
 		defer c.Close()
 		for r.sleep(rng, ms, 4*ms) {
 			k := r.key(rng)
 			from := r.now()
-			c.Del(context.Background(), k.name)
+			c.Del(context.Background(), k.name, r.lives.some(rng))
 			if rng.IntN(20) == 0 {
 				c.Del(context.Background(), "cacheproxy:lease:k:{"+k.name+"}")
 			}
@@ -44,28 +51,88 @@ var nemeses = []nemesis{
 			r.faults.Add(1)
 		}
 	}},
-	{"kill redis", true, func(r *run, rng *rand.Rand) {
-		for r.sleep(rng, 700*ms, 1500*ms) {
+	{name: "no memory", forgets: true, do: func(r *run, rng *rand.Rand) {
+		// Others fill Redis, which forgets what was used least, ours among it.
+		c := client(r.c.redis().Addr())
+		defer c.Close()
+		ctx := context.Background()
+		r.must(c.ConfigSet(ctx, "maxmemory-policy", "allkeys-lru").Err())
+		info, err := c.Info(ctx, "memory").Result()
+		r.must(err)
+		_, rest, _ := strings.Cut(info, "used_memory:")
+		used, err := strconv.Atoi(strings.Fields(rest)[0])
+		r.must(err)
+		r.must(c.ConfigSet(ctx, "maxmemory", fmt.Sprint(used+512<<10)).Err())
+		junk := make([]byte, 4<<10)
+		for i := 0; r.sleep(rng, ms, 2*ms); i++ {
+			c.Set(ctx, fmt.Sprint("junk", i%1000), junk, 0)
+			r.faults.Add(1)
+		}
+		r.must(c.ConfigSet(ctx, "maxmemory", "0").Err())
+		if r.redisAlone {
+			r.losses.add(0, never)
+		}
+	}},
+	{name: "kill redis", apart: true, do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 300*ms, 900*ms) {
 			from := r.now()
-			r.restart(rng, r.c.redis)
+			r.must(r.c.forget(r.c.redis()))
+			r.restart(rng, r.c.redis())
 			r.forgotten(from, r.all()...)
 		}
 	}},
-	{"pause redis", true, func(r *run, rng *rand.Rand) {
-		for r.sleep(rng, 500*ms, 1200*ms) {
-			r.must(r.c.redis.Pause())
-			r.sleep(rng, 0, 900*ms)
-			r.must(r.c.redis.Resume())
+	{name: "old redis", apart: true, do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 100*ms, 400*ms) {
+			from := r.now()
+			if _, err := ask(r.c.redis(), "SAVE"); err != nil {
+				r.must(err)
+			}
+			r.sleep(rng, 50*ms, 400*ms)
+			r.restart(rng, r.c.redis())
+			r.reverted(from)
+		}
+		r.must(r.c.forget(r.c.redis()))
+	}},
+	{name: "fail over", apart: true, do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, ms, 100*ms) {
+			r.c.replicate(r.t)
+			r.sleep(rng, 100*ms, 500*ms)
+			from := r.now()
+			old := r.c.redis()
+			r.c.copies[r.c.inUse()].Cut()
+			r.sleep(rng, ms, 200*ms) // what is acknowledged meanwhile is lost
+			r.must(old.Kill())
+			r.sleep(rng, ms, 200*ms)
+			r.must(r.c.failOver())
+			r.reverted(from)
+			r.must(old.Restart())
+			r.must(r.c.forget(old))
 			r.faults.Add(1)
 		}
 	}},
-	{"kill postgres", false, func(r *run, rng *rand.Rand) {
-		for r.sleep(rng, 700*ms, 1500*ms) {
+	{name: "pause redis", apart: true, do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 300*ms, 900*ms) {
+			r.must(r.c.redis().Pause())
+			r.sleep(rng, 0, 900*ms)
+			r.must(r.c.redis().Resume())
+			r.faults.Add(1)
+		}
+	}},
+	{name: "kill postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 300*ms, 900*ms) {
 			r.restart(rng, r.c.pg)
 		}
 	}},
-	{"kill a sidecar", false, func(r *run, rng *rand.Rand) {
+	{name: "pause postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 300*ms, 900*ms) {
+			r.must(r.c.pg.Pause())
+			r.sleep(rng, 0, 900*ms)
+			r.must(r.c.pg.Resume())
+			r.faults.Add(1)
+		}
+	}},
+	{name: "kill a sidecar", do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 100*ms, 500*ms) {
 			s := r.c.sidecars[rng.IntN(len(r.c.sidecars))]
 			s.kill()
 			r.sleep(rng, 0, 200*ms)
@@ -73,11 +140,17 @@ var nemeses = []nemesis{
 			r.faults.Add(1)
 		}
 	}},
-	{"cut from redis", true, func(r *run, rng *rand.Rand) {
+	{name: "cut from redis", apart: true, do: func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toRedis })
 	}},
-	{"cut from postgres", false, func(r *run, rng *rand.Rand) {
+	{name: "cut from postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toStore })
+	}},
+	{name: "flush", do: func(r *run, rng *rand.Rand) {
+		for r.sleep(rng, 50*ms, 200*ms) {
+			r.flush(rng)
+			r.faults.Add(1)
+		}
 	}},
 }
 
@@ -94,7 +167,7 @@ func (r *run) restart(rng *rand.Rand, server interface {
 
 // links cuts, freezes and slows one sidecar's link at a time.
 func (r *run) links(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
-	for r.sleep(rng, 300*ms, 900*ms) {
+	for r.sleep(rng, 100*ms, 500*ms) {
 		l := of(r.c.sidecars[rng.IntN(len(r.c.sidecars))])
 		switch rng.IntN(3) {
 		case 0:
@@ -110,15 +183,68 @@ func (r *run) links(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
 	}
 }
 
-// forgotten notes what Redis may have lost, where it alone holds what was written.
+// forgotten notes what Redis may have lost since from, where it alone holds what was written.
 func (r *run) forgotten(from int64, keys ...*key) {
 	if r.redisAlone {
-		r.lost(from, keys...)
+		r.lost(from, gone, keys...)
+	}
+}
+
+// reverted notes that Redis has another memory than it had at from, in which any key may be as it was at any time before.
+func (r *run) reverted(from int64) {
+	if r.redisAlone {
+		r.lost(from, older, r.all()...)
 	}
 }
 
 func (r *run) must(err error) {
 	if err != nil {
-		r.c.t.Errorf("nemesis: %v", err)
+		r.t.Errorf("nemesis: %v", err)
+	}
+}
+
+// step moves the fleet by one phase, sidecar by sidecar.
+func (r *run) step(rng *rand.Rand, phase string) bool {
+	for _, i := range rng.Perm(len(r.c.sidecars)) {
+		s := r.c.sidecars[i]
+		s.configure(r.c, phase)
+		soon(r.t, "the sidecar serves "+phase, s.serves)
+		r.faults.Add(1)
+		if !r.sleep(rng, 20*ms, 200*ms) {
+			return false
+		}
+	}
+	return true
+}
+
+// journey moves the fleet through all phases and back while clients go on. Before drain what only the store has is read, and so promoted; before phase0 what only
+// Redis has is touched, and so copied into the store: what migrate and migrate --reverse are for.
+var journey = nemesis{name: "phases", do: func(r *run, rng *rand.Rand) {
+	for {
+		for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
+			switch phase {
+			case "drain":
+				r.each("GET")
+				r.each("GET") // what was just being loaded by another was not promoted
+			case "phase0":
+				r.each("EXPIRE", long)
+			}
+			if !r.step(rng, phase) {
+				return
+			}
+		}
+	}
+}}
+
+// each says a command about every key.
+func (r *run) each(name string, args ...any) {
+	c := client(r.c.sidecars[0].addr)
+	defer c.Close()
+	for _, k := range r.all() {
+		for {
+			if err := c.Do(context.Background(), append([]any{name, k.name}, args...)...).Err(); err == nil || err.Error() == "redis: nil" {
+				break
+			}
+		}
 	}
 }

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"testing"
 	"time"
 
 	"github.com/anishathalye/porcupine"
@@ -20,37 +22,50 @@ type key struct {
 	name    string
 	numbers bool // it is counted with, so that INCR makes sense
 
-	mu  sync.Mutex
-	ops []porcupine.Operation // guarded by mu
+	mu      sync.Mutex
+	ops     []porcupine.Operation // guarded by mu
+	unknown int                   // guarded by mu: those whose outcome is not known
 }
 
 // note adds a command. Its place is known before it is sent, so that what Redis loses meanwhile is seen to be at the same time.
 func (k *key) note(op porcupine.Operation) {
 	k.mu.Lock()
 	k.ops = append(k.ops, op)
+	if op.Return == never {
+		k.unknown++
+	}
 	k.mu.Unlock()
 }
 
 const (
 	slots = 12
-	// keyOps commands are a key's history; then another one takes its place. The time of a check grows faster than its history.
-	keyOps = 150
+	// keyOps commands are a key's history; then another one takes its place. The time of a check grows faster than its history, and the faster the more
+	// commands nobody knows the outcome of: each may take effect at any later time.
+	keyOps     = 150
+	keyUnknown = 6
 )
 
 // traffic is what clients do, and what they were told.
 type traffic struct {
-	c     *cluster
-	seed  uint64
-	began time.Time
-	stop  chan struct{}
-	count atomic.Uint64 // of values: no two are equal
+	c      *cluster
+	t      *testing.T
+	prefix string // of all keys
+	seed   uint64
+	began  time.Time
+	stop   chan struct{}
+	count  atomic.Uint64 // of values: no two are equal
+
+	forgetful, uncounted bool // as in input
 
 	mu   sync.Mutex
 	at   [slots]*key // guarded by mu: in use
 	keys []*key      // guarded by mu: all there have been
 
-	commands, refused, unknown atomic.Int64
-	reasons                    sync.Map // what refusals said → *atomic.Int64
+	lives  lives
+	losses spans // when any key may have gone
+
+	commands, unsent, refused, unknown atomic.Int64
+	reasons                            sync.Map // what refusals said → *atomic.Int64
 }
 
 func (tr *traffic) now() int64 { return int64(time.Since(tr.began)) }
@@ -63,14 +78,14 @@ func (tr *traffic) key(rng *rand.Rand) *key {
 	k := tr.at[i]
 	if k != nil {
 		k.mu.Lock()
-		full := len(k.ops) >= keyOps
+		full := len(k.ops) >= keyOps || k.unknown >= keyUnknown
 		k.mu.Unlock()
 		if full {
 			k = nil
 		}
 	}
 	if k == nil {
-		k = &key{name: fmt.Sprint("k", len(tr.keys)), numbers: i%3 == 0}
+		k = &key{name: fmt.Sprint(tr.prefix, "k", len(tr.keys)), numbers: i%3 == 0}
 		tr.at[i] = k
 		tr.keys = append(tr.keys, k)
 	}
@@ -89,13 +104,18 @@ const swapScript = `local v = redis.call('GET', KEYS[1]); redis.call('SET', KEYS
 // long is a TTL in seconds that nobody lives to see the end of.
 const long = 1000
 
-// run is one client's life: it has a connection to every sidecar.
-func (tr *traffic) run(n int) {
-	rng := rand.New(rand.NewPCG(tr.seed, uint64(n)))
-	var conns []*redis.Client
+// conns are connections to every sidecar.
+func (tr *traffic) conns() (conns []*redis.Client) {
 	for _, s := range tr.c.sidecars {
 		conns = append(conns, client(s.addr))
 	}
+	return conns
+}
+
+// client is one client's life.
+func (tr *traffic) client(n int) {
+	rng := rand.New(rand.NewPCG(tr.seed, uint64(n)))
+	conns := tr.conns()
 	defer func() {
 		for _, c := range conns {
 			c.Close()
@@ -129,29 +149,29 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 	case p < 45:
 		args, in[0] = []any{"GET", k.name}, input{verb: get}
 	case p < 57:
-		args, in[0] = []any{"SET", k.name, value}, input{set, value, ""}
+		args, in[0] = []any{"SET", k.name, value}, input{verb: set, arg: value, how: ""}
 	case p < 62:
-		args, in[0] = []any{"SET", k.name, value, "EX", long}, input{set, value, "EX"}
+		args, in[0] = []any{"SET", k.name, value, "EX", long}, input{verb: set, arg: value, how: "EX"}
 	case p < 66:
-		args, in[0] = []any{"SET", k.name, value, "NX"}, input{setNX, value, ""}
+		args, in[0] = []any{"SET", k.name, value, "NX"}, input{verb: setNX, arg: value, how: ""}
 	case p < 74:
 		args, in[0] = []any{"DEL", k.name}, input{verb: del}
 	case p < 80 && k.numbers:
 		args, in[0] = []any{"INCR", k.name}, input{verb: incr}
 	case p < 80:
-		args, in[0] = []any{"APPEND", k.name, value}, input{add, value, ""}
+		args, in[0] = []any{"APPEND", k.name, value}, input{verb: add, arg: value, how: ""}
 	case p < 84:
 		args, in[0] = []any{"EXPIRE", k.name, long}, input{verb: expire}
 	case p < 88:
-		args, in[0] = []any{"GETSET", k.name, value}, input{swap, value, "GETSET"}
+		args, in[0] = []any{"GETSET", k.name, value}, input{verb: swap, arg: value, how: "GETSET"}
 	case p < 92:
-		args, in[0] = []any{"EVAL", swapScript, 1, k.name, value}, input{swap, value, "EVAL"}
+		args, in[0] = []any{"EVAL", swapScript, 1, k.name, value}, input{verb: swap, arg: value, how: "EVAL"}
 	case p < 96:
 		tx = true
-		in[0] = input{swap, value, "MULTI"}
+		in[0] = input{verb: swap, arg: value, how: "MULTI"}
 	default:
 		other := tr.key(rng)
-		args, in[0] = []any{"MSET", k.name, value}, input{set, value, "MSET"}
+		args, in[0] = []any{"MSET", k.name, value}, input{verb: set, arg: value, how: "MSET"}
 		if other != k && other.numbers == k.numbers {
 			args = append(args, other.name, value)
 			in, keys = append(in, in[0]), append(keys, other)
@@ -185,12 +205,17 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 			out.text = fmt.Sprintf("%T", v)
 		}
 	case !errors.As(err, &reply): // the connection broke
-		out.known = false
 		tr.reason("connection: " + trim(err.Error()))
+		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
+			tr.commands.Add(-1)
+			tr.unsent.Add(1)
+			return false
+		}
+		out.known = false
 	case strings.HasPrefix(err.Error(), "UNCERTAIN"):
 		out.known = false
 		tr.reason(trim(err.Error()))
-	case strings.HasPrefix(err.Error(), "UNAVAILABLE") || strings.HasPrefix(err.Error(), "EXECABORT"):
+	case strings.HasPrefix(err.Error(), "UNAVAILABLE"), strings.HasPrefix(err.Error(), "OOM"), strings.HasPrefix(err.Error(), "EXECABORT"):
 		tr.refused.Add(1)
 		tr.reason(trim(err.Error()))
 		return false // nothing was done, which the rest of the history shows
@@ -205,33 +230,24 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 		back = never
 	}
 	for i, k := range keys {
+		in[i].forgetful, in[i].uncounted = tr.forgetful, tr.uncounted
 		k.note(porcupine.Operation{ClientId: n, Input: in[i], Call: call, Output: out, Return: back})
 	}
 	return out.known
 }
 
-// transaction is MULTI, GET, SET and EXEC, one after the other: in a pipeline SET would be done although MULTI was refused, as with Redis.
+// transaction is MULTI, GET, SET and EXEC in one write.
 func transaction(ctx context.Context, c *redis.Client, key, value string) (any, error) {
-	conn := c.Conn()
-	defer conn.Close()
-	if err := conn.Do(ctx, "MULTI").Err(); err != nil {
+	p := c.TxPipeline()
+	was := p.Get(ctx, key)
+	p.Set(ctx, key, value, 0)
+	if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
 		return nil, err
 	}
-	for _, cmd := range [][]any{{"GET", key}, {"SET", key, value}} {
-		if err := conn.Do(ctx, cmd...).Err(); err != nil {
-			var reply redis.Error
-			if errors.As(err, &reply) {
-				conn.Do(ctx, "DISCARD")
-				return nil, fmt.Errorf("%w in MULTI", err)
-			}
-			return nil, err
-		}
+	if v, err := was.Result(); !errors.Is(err, redis.Nil) {
+		return v, err
 	}
-	results, err := conn.Do(ctx, "EXEC").Slice()
-	if err != nil {
-		return nil, err
-	}
-	return results[0], nil
+	return nil, nil
 }
 
 // trim keeps what kind of failure it was.
@@ -245,10 +261,33 @@ func (tr *traffic) reason(text string) {
 	n.(*atomic.Int64).Add(1)
 }
 
-// lost notes that Redis has forgotten keys, some time since from.
-func (tr *traffic) lost(from int64, keys ...*key) {
+// lost notes that Redis has lost something of keys, some time since from.
+func (tr *traffic) lost(from int64, what verb, keys ...*key) {
 	back := tr.now()
+	tr.losses.add(from, back)
 	for _, k := range keys {
-		k.note(porcupine.Operation{ClientId: 0, Input: input{verb: gone}, Call: from, Output: output{known: true}, Return: back})
+		k.note(porcupine.Operation{ClientId: 0, Input: input{verb: what}, Call: from, Output: output{known: true}, Return: back})
 	}
+}
+
+// flush empties the database through a sidecar.
+func (tr *traffic) flush(rng *rand.Rand) {
+	c := client(tr.c.sidecars[rng.IntN(len(tr.c.sidecars))].addr)
+	defer c.Close()
+	call := tr.now()
+	err := c.Do(context.Background(), "FLUSHALL").Err()
+	back := tr.now()
+	var reply redis.Error
+	switch {
+	case err == nil:
+	case errors.As(err, &reply) && !strings.HasPrefix(err.Error(), "UNCERTAIN"):
+		tr.reason(trim(err.Error()))
+		return
+	default:
+		back = never
+	}
+	for _, k := range tr.all() {
+		k.note(porcupine.Operation{ClientId: 0, Input: input{verb: flushed}, Call: call, Output: output{known: err == nil}, Return: back})
+	}
+	tr.losses.add(call, back)
 }
