@@ -421,7 +421,7 @@ func (u *upstream) expireLoop(ctx context.Context) {
 				continue // it speaks here, and cannot where the script's answer is due
 			}
 			for _, l := range u.all {
-				if l.deaf(deafTime, spoke) {
+				if l.deaf(max(deafTime, u.timeout), spoke) {
 					u.log.Warn("a connection to redis leads nowhere and is dropped")
 					l.drop(&outageError{why: outBroken})
 				}
@@ -463,7 +463,7 @@ func (u *upstream) expireMinded(now time.Time) (late int) {
 }
 
 // deafTime: the journal's poll makes Redis speak on the control connection every quarter of a second; a second more than that is no
-// coincidence.
+// coincidence, unless the machines are so busy that redis.timeout was raised: who grants Redis more for an answer grants it here too.
 const deafTime = time.Second
 
 // closeLanes ends the shared connections; what waits fails.
