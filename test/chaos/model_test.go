@@ -219,16 +219,19 @@ func check(ops []porcupine.Operation, most time.Duration) (v verdict) {
 	return v
 }
 
-// suspect adds reads to late, for one of them may be why a history cannot go on with operation i: i itself, or else the last ones before it, which may have seen what
-// was overwritten, so that it came too early for i. false: there are none.
-func suspect(ops []porcupine.Operation, i int, late map[int]bool, most time.Duration) bool {
-	if i < 0 {
+// suspect adds reads to late, for one of them may be why a history cannot go on with one of the operations at: a read of these itself, or else the last ones before
+// the first, which may have seen what was overwritten, so that it came too early. false: there are none.
+func suspect(ops []porcupine.Operation, at []int, late map[int]bool, most time.Duration) bool {
+	if len(at) == 0 {
 		return false
 	}
-	if ops[i].Input.(input).verb == get && !late[i] {
-		late[i] = true
-		return true
+	for _, i := range at {
+		if ops[i].Input.(input).verb == get && !late[i] {
+			late[i] = true
+			return true
+		}
 	}
+	i := at[0]
 	var before []int
 	for j, op := range ops {
 		if op.Input.(input).verb == get && !late[j] && op.Call < ops[i].Return && op.Return > ops[i].Call-int64(most) {
@@ -254,23 +257,30 @@ func delayed(ops []porcupine.Operation, late map[int]bool, d time.Duration) []po
 	return out
 }
 
-// blocks is the operation that the longest explanation of a history's beginning fails at, -1 for none.
-func blocks(ops []porcupine.Operation, info porcupine.LinearizationInfo) int {
-	var longest []int
+// blocks are the operations that the longest explanations of a history's beginning fail at, in the order of their ends.
+func blocks(ops []porcupine.Operation, info porcupine.LinearizationInfo) (at []int) {
+	longest := 0
 	for _, p := range info.PartialLinearizations()[0] {
-		if len(p) > len(longest) {
-			longest = p
+		longest = max(longest, len(p))
+	}
+	for _, p := range info.PartialLinearizations()[0] {
+		if len(p) < longest {
+			continue
+		}
+		in := make([]bool, len(ops))
+		for _, i := range p {
+			in[i] = true
+		}
+		first := -1
+		for i := range ops {
+			if !in[i] && (first < 0 || ops[i].Return < ops[first].Return) {
+				first = i
+			}
+		}
+		if first >= 0 && !slices.Contains(at, first) {
+			at = append(at, first)
 		}
 	}
-	in := make([]bool, len(ops))
-	for _, i := range longest {
-		in[i] = true
-	}
-	at := -1
-	for i := range ops {
-		if !in[i] && (at < 0 || ops[i].Return < ops[at].Return) {
-			at = i
-		}
-	}
+	slices.SortFunc(at, func(a, b int) int { return cmp.Compare(ops[a].Return, ops[b].Return) })
 	return at
 }
