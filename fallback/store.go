@@ -61,6 +61,9 @@ type Config struct {
 	QueryTimeout time.Duration
 	// Window is how long it is remembered that a key was deleted or has expired; 0 means 1 h.
 	Window time.Duration
+	// Columns are the routes whose values stand in columns of the application's tables; those of all others stand in
+	// cacheproxy.entries.
+	Columns []Column
 	// Log receives what happens in Run; nil means nothing is logged.
 	Log *zap.Logger
 }
