@@ -313,7 +313,7 @@ func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int
 	defer tx.Rollback()
 	var keys []string
 	for i, row := range tx.Rows() {
-		if row.State != policy.Absent { // an expired row is a tombstone: the value it replaced is gone too
+		if speaks(row) { // an expired row is a tombstone: the value it replaced is gone too
 			keys = append(keys, refs[i].Key)
 		}
 	}
@@ -352,6 +352,7 @@ func (noStore) Fence(ctx context.Context, _ string, during func(context.Context)
 	return during(ctx)
 }
 func (noStore) Lift(context.Context, int64) (bool, error) { return false, errStoreDown }
+func (noStore) JSON([]byte) bool                          { return true }
 func (noStore) Unavailable(err error) bool                { return errors.Is(err, errStoreDown) }
 func (noStore) Uncertain(error) bool                      { return false }
 func (noStore) BadData(error) bool                        { return false }

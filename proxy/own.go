@@ -405,6 +405,7 @@ type RouteStats struct {
 	Negative int64  `json:"negative_hits"` // those of cache_misses for which the store was not asked
 	Writes   int64  `json:"writes"`
 	Refused  int64  `json:"refused"`
+	NoRow    int64  `json:"no_row"` // of writes, those of keys that have no row in the route's column: Redis alone has them
 	Performance
 }
 
@@ -469,7 +470,7 @@ func (s *Server) Figures() Stats {
 	for i, r := range routes {
 		c := e.stats.route(r.Name)
 		negative := c.negative.Load()
-		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(),
+		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(), NoRow: c.noRow.Load(),
 			Performance: newPerformance(c.redisHits.Load(), c.jsonbHits.Load(), c.misses.Load()+negative)}
 		sum.RedisHits += rs.RedisHits
 		sum.JSONBHits += rs.JSONBHits

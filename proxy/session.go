@@ -536,6 +536,12 @@ func (s *session) keyed(sl *slot) {
 		s.plain(sl)
 		return
 	}
+	if sl.class != policy.ReadThrough {
+		if r := s.unfit(sl); r != nil {
+			s.answerClear(sl, notJSON(r))
+			return
+		}
+	}
 	switch sl.class {
 	case policy.ReadThrough:
 		if s.tracks(sl) {

@@ -38,7 +38,7 @@ func (c cause) String() string {
 
 // routeStat is one route's reads and writes. A miss that was remembered is in negative, and not in misses.
 type routeStat struct {
-	redisHits, jsonbHits, misses, negative, writes, refused atomic.Int64
+	redisHits, jsonbHits, misses, negative, writes, refused, noRow atomic.Int64
 }
 
 func newCounters() *counters {

@@ -80,6 +80,7 @@ var (
 	reads     = counter("reads_total", "Reads of keys of a route, by what they found and where.", "route", "outcome", "source")
 	writes    = counter("writes_total", "Writes of keys of a route.", "route")
 	refused   = counter("refused_total", "Commands on keys of a route that were answered with a refusal of the proxy's own.", "route")
+	noRow     = counter("no_row_total", "Writes of keys that have no row in the column of their route, and went to Redis alone.", "route")
 	shed      = counter("shed_total", "Reads and writes that were refused because too many were waiting.")
 	uncertain = counter("uncertain_total", "Commands that were answered with -UNCERTAIN: they may have run.")
 	rawOnly   = counter("stored_raw_only_total", "Writes that Postgres refused as JSON and took as bytes.")
@@ -133,6 +134,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(reads, r.Negative, r.Name, "negative", "none")
 		count(writes, r.Writes, r.Name)
 		count(refused, r.Refused, r.Name)
+		count(noRow, r.NoRow, r.Name)
 	}
 	count(shed, s.Proxy.Shed)
 	count(uncertain, s.Proxy.Uncertain)
