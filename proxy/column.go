@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
+	"strconv"
 
 	"cacheproxy/internal/samejson"
 	"cacheproxy/policy"
@@ -112,6 +114,217 @@ func (s *session) keepsColumn(sl *slot) *refusal {
 	name := bytes.ToUpper(sl.args[0])
 	return &refusal{"DENIED", fmt.Sprintf("%s would have to empty the application's own column of route %s (%s); delete its keys, or change its rows in SQL", name, r.Name, r.Phase)}
 }
+
+// ---- commands that only Redis can run ----
+
+// source is the key that a RENAME would take from where there is no store into a column.
+func (s *session) source(sl *slot) string {
+	if len(sl.routes) == 2 && isOneOf(sl.args[0], "rename", "renamenx") &&
+		(sl.routes[0] == nil || !sl.routes[0].Phase.Rules().UsesStore) && sl.routes[1] != nil && sl.routes[1].Column() {
+		return string(sl.args[sl.keys[0].Arg])
+	}
+	return ""
+}
+
+// judged: it may write a key of a column, so what it leaves is looked at before anybody sees it.
+func (st *running) judged() bool {
+	for i, r := range st.routes {
+		if st.writes[i] && r.Column() {
+			return true
+		}
+	}
+	return false
+}
+
+// before is what a key held in Redis when a command ran.
+type before struct {
+	op    string // "s" value, "d" nothing, "x" no string
+	value []byte
+	ends  int64 // in ms of Redis's clock, -1 never
+	mark  string
+	num   int64 // the highest number then
+}
+
+func beforeOf(k keyReply) before {
+	b := before{op: "d", mark: k.mark, num: k.num}
+	switch k.code {
+	case keyValue:
+		b.op, b.value, b.ends = "s", k.value, k.at
+	case keyOther:
+		b.op = "x"
+	}
+	return b
+}
+
+// asideTail is the script that ends a judged command.
+func (st *running) asideTail(idx []int) []string {
+	t := append([]string{"EVAL", scriptAside.body}, st.scriptArgs(idx)...)
+	t = append(t, st.number, st.token, leaseMS, st.version)
+	for _, i := range idx {
+		b := st.before[i]
+		t = append(t, b.op, string(b.value), strconv.FormatInt(b.ends, 10), b.mark, strconv.FormatInt(b.num, 10))
+	}
+	return t
+}
+
+// brings refuses a RENAME whose source has no store, and a value that its new place cannot hold: nothing could undo it. The source is
+// watched, so that it is still that value when the command runs.
+func (r *runner) brings(conn *runConn, st *running) (*refusal, error) {
+	req := appendCommand(nil, "WATCH", st.source)
+	fs, err := conn.ask(appendCommand(req, "GET", st.source), 2, r.e.cfg.Redis.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	if err := errorOf(fs[0]); err != nil {
+		return nil, err
+	}
+	value, ok := bulk(fs[1])
+	for _, route := range st.routes {
+		if ok && !isNull(fs[1]) && !r.e.fits(route, value) {
+			return notJSON(route), nil
+		}
+	}
+	return nil, nil
+}
+
+// settle ends a run: what it left is judged, and mirrored.
+func (r *runner) settle(ctx context.Context, st *running, reply []byte) ([]byte, error) {
+	if !st.judged() {
+		return r.mirror(ctx, st, reply), nil
+	}
+	if no := st.unfit(r.e); no != nil {
+		return r.takeBack(ctx, st, no), nil
+	}
+	done, err := r.writeLeft(ctx, st)
+	switch {
+	case err != nil:
+		r.unmark(st)
+		r.e.redisFailed(err)
+		r.takeBack(ctx, st, nil)
+		return r.e.stats.unsure(st.route(), "the connection to Redis broke").reply(nil), nil
+	case !done && st.pin == nil && len(st.after) == 0:
+		r.unmark(st)
+		return nil, errOvertaken // nothing that it did has remained
+	case !done:
+		r.takeBack(ctx, st, nil)
+		return r.e.stats.unsure(st.route(), "somebody else has written the key meanwhile").reply(nil), nil
+	}
+	return r.mirror(ctx, st, reply), nil
+}
+
+// unfit finds a key whose column cannot hold what the command has left of it.
+func (st *running) unfit(e *engine) *refusal {
+	look := func(idx []int, rs []keyReply) *refusal {
+		for j, i := range idx {
+			if rs[j].code == keyValue && !bytes.Equal(rs[j].value, st.before[i].value) && !e.fits(st.routes[i], rs[j].value) {
+				return notJSON(st.routes[i])
+			}
+		}
+		return nil
+	}
+	if no := look(st.captured(), st.after); no != nil {
+		return no
+	}
+	return look(st.overtaken(), st.left)
+}
+
+// takeBack leaves the keys as they were before the command. Those whose truth is Redis are so already, and wait for nothing but their leases.
+func (r *runner) takeBack(ctx context.Context, st *running, no *refusal) []byte {
+	e := r.e
+	var states []*keyState
+	var free, other []string
+	for j, i := range st.captured() {
+		row := st.rows[i]
+		switch k := st.after[j]; {
+		case k.code == keyRefused:
+		case k.code == keyOther && row.State == policy.Live:
+			other = append(other, st.keys[i].Key)
+		default:
+			states = append(states, &keyState{ref: st.keys[i], route: st.routes[i], row: row, redis: keyReply{code: keyDone, value: st.before[i].value}})
+		}
+	}
+	e.write.putBack(ctx, states, hold{st.number, st.token, st.epoch})
+	for _, i := range st.overtaken() {
+		free = append(free, st.keys[i].Key)
+	}
+	r.unmark(st)
+	run := func(s *script, keys []string, argv ...string) {
+		if len(keys) == 0 {
+			return
+		}
+		if _, err := e.up.script(ctx, s, keys, argv...); err != nil {
+			e.redisFailed(err) // the leases lapse
+		}
+	}
+	run(scriptRepair, other, st.number, "0", "0") // a list, say, where the row still has a string: it is promoted again
+	run(scriptAbsent, free, st.token, "0")
+	if no == nil {
+		return nil
+	}
+	return no.reply(nil)
+}
+
+// writeLeft puts into Redis what the command has left of the keys whose truth is there: like the write of a value, under the leases.
+func (r *runner) writeLeft(ctx context.Context, st *running) (done bool, err error) {
+	var keys []string
+	argv := []string{st.number, st.version, leaseMS}
+	for j, i := range st.overtaken() {
+		k := st.left[j]
+		op, ms, abs := "d", "-1", "0"
+		switch k.code {
+		case keyValue:
+			if op = "s"; k.at >= 0 {
+				ms, abs = strconv.FormatInt(max(k.at, 1), 10), "1"
+			}
+		case keyOther, keyRefused:
+			continue // the script has left it there, marked
+		default:
+			k.value = nil
+		}
+		keys = append(keys, st.keys[i].Key)
+		argv = append(argv, op, string(k.value), ms, abs, "t"+st.token, "", "0")
+		if st.tx != nil && st.rows[i].State == policy.NoRow {
+			r.e.stats.route(st.routes[i].Name).noRow.Add(1)
+		}
+	}
+	if len(keys) == 0 {
+		return true, nil
+	}
+	if r.e.up.epoch.Load() != st.epoch {
+		return false, nil // another run of Redis: the leases are void
+	}
+	rs, err := r.e.up.script(ctx, scriptWrite, keys, argv...)
+	if err != nil {
+		return false, err
+	}
+	return !slices.ContainsFunc(rs, func(k keyReply) bool { return k.code != keyDone }), nil
+}
+
+// scriptAside ends a command that may write a column, for keys whose truth is Redis: it tells what the command has left of each, and
+// puts back what was there before. So nobody sees it until it is judged, and a sidecar that dies meanwhile has changed nothing. The lease is then
+// the caller's. What has become another type, or was one, stays as the command left it, marked; so does a key that somebody has written since it was looked
+// at, for what was there before is older. ARGV: number, token, lease ms, version, then per key what it held: op ("s" set, "d" nothing, "x" no string), value,
+// when it ends (ms, -1 never), its mark and number.
+var scriptAside = newScript("aside", `
+local r = {}
+for i = 2, #KEYS, 2 do
+  local K, L = KEYS[i], KEYS[i+1]
+  local a = 5 + (i/2 - 1) * 5
+  local f = get(L)
+  local ty = kind(K)
+  local newer = f > math.max(tonumber(ARGV[1]), tonumber(ARGV[a+4])) or (redis.call('HGET', J, K) or '') ~= ARGV[a+3]
+  if newer or ARGV[a] == 'x' or ty ~= 'string' and ty ~= 'none' then
+    redis.call('HSET', J, K, ARGV[4])
+    put(L, f, 'o', tonumber(ARGV[3]))
+    if newer then r[#r+1] = {9, '', f} else r[#r+1] = {6, ty, -1} end
+  else
+    if ty == 'string' then r[#r+1] = {7, redis.call('GET', K), ends(K)} else r[#r+1] = {1, '', -2} end
+    if ARGV[a] == 's' then set(K, ARGV[a+1], ARGV[a+2], '1')
+    elseif ty ~= 'none' then redis.call('UNLINK', K) end
+    put(L, f, ARGV[2], tonumber(ARGV[3]))
+  end
+end
+return r`)
 
 // ---- keys without a row ----
 

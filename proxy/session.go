@@ -1350,7 +1350,7 @@ func (s *session) loadRunMirror(sl *slot) {
 	}
 	sl.write = true
 	s.begin(sl)
-	op := &runOp{raw: sl.raw, proto: s.proto}
+	op := &runOp{raw: sl.raw, proto: s.proto, source: s.source(sl)}
 	for i, k := range sl.keys {
 		if r := sl.routes[i]; r != nil && r.Phase.Rules().UsesStore {
 			op.add(policy.Ref{Route: r.Name, Key: string(sl.args[k.Arg])}, r, k.Write)
