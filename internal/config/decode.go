@@ -18,14 +18,8 @@ import (
 // notBuilt are settings that the design has and this version lacks: to know them and refuse them is
 // kinder than to call them unknown. The remedy says what does the same today.
 var notBuilt = map[string]string{
-	"verify.sample":               "use cacheproxy verify --sample",
-	"routes[].store.table":        useTable,
-	"routes[].store.key_column":   useTable,
-	"routes[].store.key_columns":  useTable,
-	"routes[].store.value_column": useTable,
+	"verify.sample": "use cacheproxy verify --sample",
 }
-
-const useTable = "use store: {kind: table}, the proxy's own table"
 
 const notSupported = "not supported by this version"
 
@@ -116,7 +110,6 @@ func (l *loader) mapping(n *yaml.Node, v reflect.Value, path string) {
 		}
 		l.field(f, value, v.FieldByIndex(f.Index), at)
 	}
-	// Last, because what is said of them depends on the kind of store, which may stand below them.
 	for _, s := range strangers {
 		l.unknown(s[0], s[1], path, fields)
 	}
@@ -129,6 +122,8 @@ func (l *loader) field(f reflect.StructField, value *yaml.Node, into reflect.Val
 		l.words(value, into, path)
 	case f.Type.Kind() == reflect.Slice:
 		l.routes = value
+	case f.Type.Kind() == reflect.Map:
+		l.names(value, into, path)
 	case f.Type.Kind() == reflect.Struct:
 		if value.Tag != "!!null" { // a section whose keys are all commented out
 			l.mapping(value, into, path)
@@ -167,6 +162,32 @@ func (l *loader) words(n *yaml.Node, into reflect.Value, path string) {
 		list = append(list, entry.Value)
 	}
 	into.Set(reflect.ValueOf(list))
+}
+
+// names decodes a section whose keys the operator chooses.
+func (l *loader) names(n *yaml.Node, into reflect.Value, path string) {
+	l.origins[path] = l.at(n)
+	if n.Kind != yaml.MappingNode {
+		l.report(l.at(n), path, "is "+describe(n)+" and should be a section of keys", "write {name: column} with one for each placeholder")
+		l.bad[path] = true
+		return
+	}
+	out := map[string]string{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], resolve(n.Content[i+1])
+		at := join(path, key.Value)
+		if _, twice := out[key.Value]; twice {
+			l.report(l.at(key), at, "is set twice", "remove one")
+			continue
+		}
+		l.origins[at] = l.at(key)
+		if value.Kind != yaml.ScalarNode || value.Tag == "!!null" {
+			l.report(l.at(value), at, "is no name of a column", "write the column's name behind it")
+			l.bad[at] = true
+		}
+		out[key.Value] = value.Value
+	}
+	into.Set(reflect.ValueOf(out))
 }
 
 // assign parses one value into its field, or reports why it cannot be.
@@ -216,10 +237,7 @@ func (l *loader) unknown(key, value *yaml.Node, path string, siblings map[string
 	}
 	general := index.ReplaceAllString(full, "[]")
 	if remedy, ok := notBuilt[general]; ok {
-		// The keys of a column store need no word of their own beside "kind: column".
-		if !l.bad[join(path, "kind")] {
-			l.report(l.at(key), full, notSupported, remedy)
-		}
+		l.report(l.at(key), full, notSupported, remedy)
 		return
 	}
 	if value.Kind == yaml.MappingNode && len(value.Content) > 0 && l.announced(general) {

@@ -12,6 +12,7 @@ func (c *Config) PolicyRoutes() []policy.Route {
 		routes[i] = policy.Route{
 			Name:        r.Name,
 			Match:       r.Match,
+			Template:    r.template(),
 			Phase:       phase,
 			TTL:         r.TTL,
 			Jitter:      float64(r.TTLJitter),
