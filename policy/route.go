@@ -60,6 +60,7 @@ type Route struct {
 	Name        string        // unique among the routes, at most 200 bytes
 	Match       string        // a pattern for Glob, at most 4,000 bytes, braces literal; with Template: its text
 	Template    *Template     // for a column that the application has; nil: the proxy's own table
+	Place       string        // where that column is, in words for people: "column c of table s.t"
 	Phase       Phase         // zero: Phase0
 	TTL         time.Duration // of a value written without one; 0: none
 	Jitter      float64       // share of TTL that expiries are spread over, from 0 to 1; 0.1 is 10 %

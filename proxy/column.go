@@ -283,9 +283,6 @@ func (r *runner) writeLeft(ctx context.Context, st *running) (done bool, err err
 		}
 		keys = append(keys, st.keys[i].Key)
 		argv = append(argv, op, string(k.value), ms, abs, "t"+st.token, "", "0")
-		if st.tx != nil && st.rows[i].State == policy.NoRow {
-			r.e.stats.route(st.routes[i].Name).noRow.Add(1)
-		}
 	}
 	if len(keys) == 0 {
 		return true, nil

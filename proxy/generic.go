@@ -933,6 +933,9 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		}
 	}
 	for _, i := range lost {
+		if st.rows[i].State == policy.NoRow {
+			e.stats.route(st.routes[i].Name).noRow.Add(1)
+		}
 		if speaks(st.rows[i]) {
 			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
 		}

@@ -625,7 +625,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		intent, err = tx.Commit(ctx, changes, journaled, known, rawOnly)
 		switch {
 		case err == nil:
-		case g.wroteAlone() && (lost || e.store.BadData(err) || !e.store.Uncertain(err)):
+		case g.wroteAlone() && !e.store.Uncertain(err):
 			// They are not to be run again.
 			touched, rest := g.touching(outcomes)
 			e.store.note("commit", err) //nolint:errcheck // answered here
@@ -641,7 +641,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 			tx.Rollback()
 			whole := slices.Concat(again, opsOf(outcomes))
 			again = nil
-			if len(whole) == 1 && len(outcomes) == 1 {
+			if len(whole) == 1 {
 				whole[0].refuse(notJSON(columnOf(whole[0].routes)))
 				return
 			}

@@ -41,6 +41,14 @@ func (r *Route) template() *policy.Template {
 	return t
 }
 
+// place says where the column of a route is; "" for other routes.
+func (r *Route) place() string {
+	if r.Store.Kind != "column" {
+		return ""
+	}
+	return "column " + r.Store.ValueColumn + " of table " + r.Store.Table
+}
+
 // keys are the columns of the template's placeholders.
 func (s *Store) keys(t *policy.Template) []string {
 	if s.KeyColumn != "" {
