@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 
@@ -335,17 +336,40 @@ func (g *group) alone() (states []*keyState) {
 	return states
 }
 
+// entryNames: an entry "Redis is stale" names one of the keys that have no row. Somebody has deleted the row behind the proxy's back, and the repair
+// will delete the key in Redis, but not what is written there from now on: it stays marked until then.
+//
+//	1 k's row is deleted in SQL, which makes an entry    2 SET k goes to Redis alone, acknowledged    3 the entry is repaired: without a mark k would go
+func (e *engine) entryNames(ctx context.Context, tx Tx, refs []policy.Ref) bool {
+	var keys []string
+	for i, row := range tx.Rows() {
+		if row.State == policy.NoRow {
+			keys = append(keys, refs[i].Key)
+		}
+	}
+	if len(keys) == 0 {
+		return false
+	}
+	named, err := tx.Named(ctx, keys)
+	return e.store.note("named", err) != nil || len(named) > 0 // in doubt it stays marked
+}
+
 // writeAlone is the write of keys that only Redis can hold: under their locks and our leases, all of them or none, and before the
 // COMMIT, which ends the locks:
 //
 //	1 we INCR k, to 1    2 our locks go with the COMMIT    3 another sidecar locks k, and reads what Redis has: 0    4 both answer 1
 //
 // false: some lease is not ours any more, and nothing was written.
-func (w *writer) writeAlone(ctx context.Context, states []*keyState, h hold) (done bool, err error) {
-	argv := []string{h.number, "", leaseMS}
-	keys := make([]string, len(states))
+func (w *writer) writeAlone(ctx context.Context, tx Tx, g *group, states []*keyState, h hold) (done bool, err error) {
+	e := w.e
+	version := ""
+	if e.entryNames(ctx, tx, g.refs()) {
+		version = e.journal.version()
+	}
+	argv := []string{h.number, version, leaseMS}
+	keys, refs := make([]string, len(states)), make([]policy.Ref, len(states))
 	for i, s := range states {
-		keys[i] = s.ref.Key
+		keys[i], refs[i] = s.ref.Key, s.ref
 		op, ms, abs := "d", "-1", "0"
 		if s.now.Exists {
 			op = "s"
@@ -353,10 +377,20 @@ func (w *writer) writeAlone(ctx context.Context, states []*keyState, h hold) (do
 		}
 		argv = append(argv, op, string(s.now.Data), ms, abs, "t"+h.token, "", "0")
 	}
-	if w.e.up.epoch.Load() != h.epoch {
+	if e.up.epoch.Load() != h.epoch {
 		return false, nil // another run of Redis: the leases are void
 	}
-	rs, err := w.e.up.script(ctx, scriptWrite, keys, argv...)
+	if version != "" {
+		e.journal.keepMarks(refs, version)
+		defer func() {
+			if done {
+				e.journal.leaveMarks(refs, version)
+			} else {
+				e.journal.forgetMarks(refs, version)
+			}
+		}()
+	}
+	rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
 	if err != nil {
 		return false, err
 	}
@@ -442,4 +476,36 @@ func (e *engine) countNoRow(g *group, outcomes []outcome) {
 			}
 		}
 	}
+}
+
+// dropRowless repairs keys that entries name and that have no row in their column: the row was deleted behind the proxy's back, and so is the
+// key. What is marked was written in Redis since.
+func (j *journal) dropRowless(ctx context.Context, tx Tx, refs []policy.Ref, entries []Intent) error {
+	e := j.e
+	rowless := map[string]bool{}
+	for i, row := range tx.Rows() {
+		rowless[refs[i].Key] = row.State == policy.NoRow
+	}
+	gone := map[string]bool{}
+	for _, in := range entries {
+		for _, ref := range in.Refs {
+			if rowless[ref.Key] {
+				gone[ref.Key] = true
+			}
+		}
+	}
+	for keys := range slices.Chunk(slices.Sorted(maps.Keys(gone)), maxRepair) {
+		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "0")
+		if err != nil {
+			e.redisFailed(err)
+			return err
+		}
+		for _, r := range rs {
+			if r.code == keyRefused {
+				e.lift(ctx, tx, rs)
+				return errOvertaken
+			}
+		}
+	}
+	return nil
 }

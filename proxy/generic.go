@@ -238,6 +238,7 @@ func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
 			st.first[i] = route.Phase.Rules().Write.KeepsRow() && st.rows[i].State != policy.NoRow
 		}
 		st.truth = st.rowsRead()
+		st.named = e.entryNames(ctx, tx, op.keys)
 	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
 		return op.refuse(staleAndAlone(op.route())), nil
 	case e.store.gone(err) && op.withoutStore():
@@ -273,6 +274,7 @@ type running struct {
 	after   []keyReply // what the command left of the keys of captured()
 
 	// Of a command that may write a key of a column (column.go).
+	named  bool       // an entry names a key that has no row
 	odd    []bool     // keys whose value in Redis no row can hold; nil: none
 	before []before   // what the keys held when it ran
 	left   []keyReply // what it left of the keys of overtaken()
@@ -950,11 +952,10 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 			return r.notCommitted(ctx, st, g, reply, err)
 		}
 	}
-	if st.odd != nil {
-		// What a column could not hold has become something that it can: the repair brings it there.
-		struck := slices.DeleteFunc(lost, func(i int) bool { return st.odd[i] })
-		e.journal.leaveMarks(st.pick(st.overtaken()), st.version)
-		lost = struck
+	if st.odd != nil || st.named {
+		// What a column could not hold may have become something that it can: the repair brings it there.
+		e.journal.leaveMarks(st.pick(lost), st.version)
+		lost = nil
 	}
 	r.strike(ctx, st, lost) // before the locks go, if there was nothing to commit
 	st.tx.Rollback()

@@ -688,6 +688,9 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 	}
 	named := len(todo)
 	maps.DeleteFunc(todo, func(_ string, has bool) bool { return !has })
+	if err := j.dropRowless(ctx, tx, b.refs, there); err != nil {
+		return 0, err
+	}
 	marked := 0
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(todo)), maxRepair) {
 		// Both journals may name a key: with a row Postgres wins, so the mark goes too.
@@ -822,7 +825,7 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 			continue
 		}
 		row := tx.Rows()[i]
-		if speaks(row) && named[keys[i]] {
+		if row.State != policy.Absent && named[keys[i]] {
 			continue // both journals: repairBatch decides
 		}
 		c := policy.Change{Ref: refs[i], Op: policy.Drop}

@@ -596,7 +596,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		return
 	}
 	if alone := g.alone(); len(alone) > 0 {
-		done, err := w.writeAlone(ctx, alone, h)
+		done, err := w.writeAlone(ctx, tx, g, alone, h)
 		switch {
 		case err != nil:
 			e.redisFailed(err)
@@ -1150,6 +1150,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
 	}
+	named := locked && len(keys) > 0 && e.entryNames(ctx, tx, g.refs())
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
 		rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
@@ -1179,7 +1180,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 				ok = false
 			}
 		}
-		if ok {
+		if ok && !named {
 			argv := []string{number}
 			for range keys {
 				argv = append(argv, version)
