@@ -495,7 +495,7 @@ func (j *journal) dropRowless(ctx context.Context, tx Tx, refs []policy.Ref, ent
 		}
 	}
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(gone)), maxRepair) {
-		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "0")
+		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "1")
 		if err != nil {
 			e.redisFailed(err)
 			return err

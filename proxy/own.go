@@ -439,13 +439,16 @@ type StoreStats struct {
 
 // RouteStats is one route's share.
 type RouteStats struct {
-	Name     string `json:"name"`
-	Match    string `json:"match"`
-	Phase    string `json:"phase"`
-	Negative int64  `json:"negative_hits"` // those of cache_misses for which the store was not asked
-	Writes   int64  `json:"writes"`
-	Refused  int64  `json:"refused"`
-	NoRow    int64  `json:"no_row"` // of writes, those of keys that have no row in the route's column: Redis alone has them
+	Name       string           `json:"name"`
+	Match      string           `json:"match"`
+	Phase      string           `json:"phase"`
+	Negative   int64            `json:"negative_hits"` // those of cache_misses for which the store was not asked
+	Writes     int64            `json:"writes"`
+	Refused    int64            `json:"refused"`
+	NoRow      int64            `json:"no_row"`            // of writes, those of keys that have no row in the route's column: Redis alone has them
+	Verified   int64            `json:"verify_checked"`    // hits whose two copies were compared
+	Unverified int64            `json:"verify_dropped"`    // those that were drawn and could not be
+	Mismatches map[string]int64 `json:"verify_mismatches"` // by kind
 	Performance
 }
 
@@ -511,6 +514,7 @@ func (s *Server) Figures() Stats {
 		c := e.stats.route(r.Name)
 		negative := c.negative.Load()
 		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(), NoRow: c.noRow.Load(),
+			Verified: c.verified.Load(), Unverified: c.unverified.Load(), Mismatches: c.mismatched(),
 			Performance: newPerformance(c.redisHits.Load(), c.jsonbHits.Load(), c.misses.Load()+negative)}
 		sum.RedisHits += rs.RedisHits
 		sum.JSONBHits += rs.JSONBHits

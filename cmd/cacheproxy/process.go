@@ -88,6 +88,7 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 			StoreTimeout: cfg.Postgres.Timeout,
 			MaxValue:     int(cfg.Postgres.MaxValue),
 			Window:       cfg.Redis.FailoverWindow,
+			Sample:       float64(cfg.Verify.Sample),
 			Instance:     p.instance,
 			Log:          log,
 		},
@@ -312,6 +313,7 @@ func (p *process) reload() error {
 		if err := p.server.SetRoutes(next.PolicyRoutes()); err != nil {
 			return err
 		}
+		p.server.SetSample(float64(next.Verify.Sample))
 		return p.server.SetDeny(next.Commands.Deny) // the last, as it cannot fail: next was checked
 	})
 	if err != nil {

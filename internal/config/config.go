@@ -33,6 +33,7 @@ type Config struct {
 	Postgres Postgres `yaml:"postgres"`
 	Journal  Journal  `yaml:"journal"`
 	Breaker  Breaker  `yaml:"breaker"`
+	Verify   Verify   `yaml:"verify"`
 	Commands Commands `yaml:"commands"`
 	Log      Log      `yaml:"log"`
 	// Default is what a route gets for each rule that it does not state.
@@ -139,6 +140,12 @@ type Journal struct {
 type Breaker struct {
 	Probe    time.Duration `yaml:"probe" min:"1ms" max:"1m" unit:"ms"`
 	ProbeMax time.Duration `yaml:"probe_max" min:"1ms" max:"10m"`
+}
+
+// Verify is the comparison of both copies while clients are served.
+type Verify struct {
+	// Sample is the share of hits whose copies are compared.
+	Sample Fraction `yaml:"sample" reload:"hot"`
 }
 
 // Commands says which commands clients may use.

@@ -15,12 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// notBuilt are settings that the design has and this version lacks: to know them and refuse them is
-// kinder than to call them unknown. The remedy says what does the same today.
-var notBuilt = map[string]string{
-	"verify.sample": "use cacheproxy verify --sample",
-}
-
+// notSupported is said of what the design has and this version lacks: to know it and refuse it is kinder than to call it unknown.
 const notSupported = "not supported by this version"
 
 // readFile decodes the file's text over the defaults. The routes stay behind in l.routes until the
@@ -111,7 +106,7 @@ func (l *loader) mapping(n *yaml.Node, v reflect.Value, path string) {
 		l.field(f, value, v.FieldByIndex(f.Index), at)
 	}
 	for _, s := range strangers {
-		l.unknown(s[0], s[1], path, fields)
+		l.unknown(s[0], path, fields)
 	}
 }
 
@@ -225,25 +220,11 @@ func (l *loader) decodeRoutes(n *yaml.Node) {
 	}
 }
 
-var index = regexp.MustCompile(`\[\d+\]`)
-
-// unknown reports a key that no setting has: as not built yet, as misspelt, as misplaced, or as
-// unknown altogether.
-func (l *loader) unknown(key, value *yaml.Node, path string, siblings map[string]reflect.StructField) {
+// unknown reports a key that no setting has: as misspelt, as misplaced, or as unknown altogether.
+func (l *loader) unknown(key *yaml.Node, path string, siblings map[string]reflect.StructField) {
 	full := join(path, key.Value)
 	if key.Value == "<<" {
 		l.report(l.at(key), full, "merge keys are not supported", "write the keys out; what routes share goes under default:")
-		return
-	}
-	general := index.ReplaceAllString(full, "[]")
-	if remedy, ok := notBuilt[general]; ok {
-		l.report(l.at(key), full, notSupported, remedy)
-		return
-	}
-	if value.Kind == yaml.MappingNode && len(value.Content) > 0 && l.announced(general) {
-		for i := 0; i+1 < len(value.Content); i += 2 {
-			l.unknown(value.Content[i], resolve(value.Content[i+1]), full, nil)
-		}
 		return
 	}
 	remedy := "remove it; config.yaml of the distribution lists every setting"
@@ -253,16 +234,6 @@ func (l *loader) unknown(key, value *yaml.Node, path string, siblings map[string
 		remedy = "did you mean " + elsewhere + "?"
 	}
 	l.report(l.at(key), full, "unknown key", remedy)
-}
-
-// announced reports whether a setting below the section is known as not built yet.
-func (l *loader) announced(section string) bool {
-	for key := range notBuilt {
-		if strings.HasPrefix(key, section+".") {
-			return true
-		}
-	}
-	return false
 }
 
 // elsewhere returns the only setting of that name, wherever it is, or "".
