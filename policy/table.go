@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -68,8 +69,8 @@ func CheckIdentifier(name string) error {
 		return errors.New("a name is empty")
 	case len(name) > maxIdentifier:
 		return fmt.Errorf("a name has %d bytes; Postgres keeps %d", len(name), maxIdentifier)
-	case !utf8.ValidString(name) || strings.ContainsRune(name, 0):
-		return errors.New("a name is not UTF-8, or holds a NUL byte")
+	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
+		return errors.New("a name is not UTF-8, or holds a control character")
 	}
 	return nil
 }
