@@ -471,7 +471,7 @@ func columnOf(routes []*policy.Route) *policy.Route {
 func (e *engine) countNoRow(g *group, outcomes []outcome) {
 	for _, o := range outcomes {
 		for i, ref := range o.op.keys {
-			if o.changed && g.states[g.at[ref.Key]].alone() {
+			if o.changed && g.states[g.at[ref.Key]].row.State == policy.NoRow {
 				e.stats.route(o.op.routes[i].Name).noRow.Add(1)
 			}
 		}

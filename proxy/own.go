@@ -261,12 +261,14 @@ func storeWords(c copies, rules policy.Rules) string {
 		return "not connected in this phase"
 	case c.rowErr != nil:
 		return "cannot be asked"
+	case c.row.State == policy.Tombstone && c.route.Column():
+		return "nothing (the row is there, and its column is NULL or has expired)"
 	case c.row.State == policy.Tombstone:
 		return "deleted (remembered for the failover window)"
 	case c.row.State == policy.NoRow:
 		return "the table has no row for this key"
 	case c.row.State == policy.Absent && c.route.Column():
-		return "absent (the row is there, and its column is NULL)"
+		return "absent (the row is there, and its column was emptied because Redis has the key alone)"
 	case c.row.State == policy.Absent:
 		return "absent"
 	case c.route.Column():

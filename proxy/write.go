@@ -293,10 +293,11 @@ type keyState struct {
 	redis  keyReply // what Redis said
 	on     bool     // written in Redis: it is marked there, because the store went away, or no row can hold it
 	odd    bool     // Redis alone has it, and its row cannot: it came there without us, and is not JSON
+	stays  bool     // and it is that still
 }
 
-// alone: the store has no place for the key.
-func (s *keyState) alone() bool { return s.row.State == policy.NoRow }
+// alone: the store has no place for the key, or not for what it holds.
+func (s *keyState) alone() bool { return s.row.State == policy.NoRow || s.stays }
 
 // group indexes the keys of ops.
 type group struct {
@@ -571,6 +572,9 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 	}()
 
 	// Step 3.
+	for _, s := range g.states {
+		s.stays = s.odd && s.dirty && s.now.Exists && !e.fits(s.route, s.now.Data)
+	}
 	changes := adopted
 	var stale, odd []policy.Ref
 	for _, s := range g.states {
