@@ -154,7 +154,7 @@ func TestColumnKeyIsOneRow(t *testing.T) {
 	} {
 		t.Run(typ, func(t *testing.T) {
 			t.Parallel()
-			s := openColumns(t, fmt.Sprintf(`CREATE TABLE reports (id %s PRIMARY KEY, analytics_cache jsonb); INSERT INTO reports VALUES (%s, '1')`, typ, tt.insert), reports(t))
+			s := openColumns(t, fmt.Sprintf(`CREATE TABLE public.reports (id %s PRIMARY KEY, analytics_cache jsonb); INSERT INTO reports VALUES (%s, '1')`, typ, tt.insert), reports(t))
 			expectStands(t, s, "L", "report:"+tt.good)
 			for _, bad := range strings.Fields(tt.bad) {
 				expectStands(t, s, "N", "report:"+bad)
@@ -442,7 +442,7 @@ func TestColumnChangedSince(t *testing.T) {
 // TestColumnAgainstTheCatalogue: what cannot be used is told at start, with what to do about it.
 func TestColumnAgainstTheCatalogue(t *testing.T) {
 	t.Parallel()
-	const table = `CREATE TABLE reports (id bigint PRIMARY KEY, analytics_cache jsonb, at timestamptz, local timestamp, must timestamptz NOT NULL DEFAULT now())`
+	const table = `CREATE TABLE public.reports (id bigint PRIMARY KEY, analytics_cache jsonb, at timestamptz, local timestamp, must timestamptz NOT NULL DEFAULT now())`
 	tests := []struct {
 		name, ddl string
 		change    func(*Column)
@@ -452,31 +452,31 @@ func TestColumnAgainstTheCatalogue(t *testing.T) {
 	}{
 		{name: "no schema", change: func(c *Column) { c.Table = "app.reports" }, problem: `no schema "app"`},
 		{name: "no table", problem: `no table "public"."reports"`},
-		{name: "case", ddl: `CREATE TABLE "Reports" (id int)`, problem: `did you mean "public"."Reports"?`},
-		{name: "view", ddl: `CREATE VIEW reports AS SELECT 1 AS id`, problem: "is a view"},
-		{name: "materialized view", ddl: `CREATE MATERIALIZED VIEW reports AS SELECT 1 AS id`, problem: "is a view"},
-		{name: "sequence", ddl: `CREATE SEQUENCE reports`, problem: "is no table"},
-		{name: "foreign", ddl: `CREATE EXTENSION postgres_fdw; CREATE SERVER x FOREIGN DATA WRAPPER postgres_fdw; CREATE FOREIGN TABLE reports (id int) SERVER x`, problem: "foreign table"},
-		{name: "parent", ddl: table + `; CREATE TABLE child () INHERITS (reports)`, problem: "inherit"},
+		{name: "case", ddl: `CREATE TABLE public."Reports" (id int)`, problem: `did you mean "public"."Reports"?`},
+		{name: "view", ddl: `CREATE VIEW public.reports AS SELECT 1 AS id`, problem: "is a view"},
+		{name: "materialized view", ddl: `CREATE MATERIALIZED VIEW public.reports AS SELECT 1 AS id`, problem: "is a view"},
+		{name: "sequence", ddl: `CREATE SEQUENCE public.reports`, problem: "is no table"},
+		{name: "foreign", ddl: `CREATE EXTENSION postgres_fdw; CREATE SERVER x FOREIGN DATA WRAPPER postgres_fdw; CREATE FOREIGN TABLE public.reports (id int) SERVER x`, problem: "foreign table"},
+		{name: "parent", ddl: table + `; CREATE TABLE public.child () INHERITS (reports)`, problem: "inherit"},
 		{name: "rule", ddl: table + `; CREATE RULE r AS ON UPDATE TO reports DO INSTEAD NOTHING`, problem: "rules"},
 		{name: "no column", ddl: table, change: func(c *Column) { c.Value = "Analytics_Cache" }, problem: `no column "Analytics_Cache"`, remedy: "did you mean analytics_cache?"},
 		{name: "no key", ddl: table, change: func(c *Column) { c.Keys = []string{"nr"} }, problem: `no column "nr"`, remedy: "key_column"},
-		{name: "numeric", ddl: `CREATE TABLE reports (id numeric PRIMARY KEY, analytics_cache jsonb)`, problem: "several spellings"},
-		{name: "char", ddl: `CREATE TABLE reports (id char(5) PRIMARY KEY, analytics_cache jsonb)`, problem: "trailing blanks"},
-		{name: "collation", ddl: `CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false); CREATE TABLE reports (id text COLLATE ci PRIMARY KEY, analytics_cache jsonb)`, problem: "collation"},
-		{name: "text", ddl: `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache text)`, problem: "is text", remedy: "jsonb"},
-		{name: "json", ddl: `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache json)`, problem: "is json", remedy: `ALTER COLUMN "analytics_cache" TYPE jsonb;`},
-		{name: "generated", ddl: `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache jsonb GENERATED ALWAYS AS (to_jsonb(id)) STORED)`, problem: "generated"},
-		{name: "not null", ddl: `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache jsonb NOT NULL)`, problem: "NOT NULL", remedy: `ALTER COLUMN "analytics_cache" DROP NOT NULL;`},
-		{name: "check", ddl: `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache jsonb CONSTRAINT full_of CHECK (analytics_cache IS NOT NULL)); INSERT INTO reports VALUES (1, '1')`, problem: `"full_of" refuses NULL`, remedy: "DROP CONSTRAINT"},
+		{name: "numeric", ddl: `CREATE TABLE public.reports (id numeric PRIMARY KEY, analytics_cache jsonb)`, problem: "several spellings"},
+		{name: "char", ddl: `CREATE TABLE public.reports (id char(5) PRIMARY KEY, analytics_cache jsonb)`, problem: "trailing blanks"},
+		{name: "collation", ddl: `CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false); CREATE TABLE public.reports (id text COLLATE ci PRIMARY KEY, analytics_cache jsonb)`, problem: "collation"},
+		{name: "text", ddl: `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache text)`, problem: "is text", remedy: "jsonb"},
+		{name: "json", ddl: `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache json)`, problem: "is json", remedy: `ALTER COLUMN "analytics_cache" TYPE jsonb;`},
+		{name: "generated", ddl: `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache jsonb GENERATED ALWAYS AS ('1'::jsonb) STORED)`, problem: "generated"},
+		{name: "not null", ddl: `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache jsonb NOT NULL)`, problem: "NOT NULL", remedy: `ALTER COLUMN "analytics_cache" DROP NOT NULL;`},
+		{name: "check", ddl: `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache jsonb CONSTRAINT full_of CHECK (analytics_cache IS NOT NULL)); INSERT INTO reports VALUES (1, '1')`, problem: `"full_of" refuses NULL`, remedy: "DROP CONSTRAINT"},
 		{name: "raising", ddl: table + `; INSERT INTO reports VALUES (1, '1'); CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'; CREATE TRIGGER t BEFORE UPDATE ON reports FOR EACH ROW EXECUTE FUNCTION f()`, problem: "is refused"},
 		{name: "trigger", ddl: table + `; CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'; CREATE TRIGGER t BEFORE UPDATE ON reports FOR EACH ROW EXECUTE FUNCTION f()`, problem: "before every UPDATE", warning: true},
-		{name: "no index", ddl: `CREATE TABLE reports (id int, analytics_cache jsonb)`, problem: "no unique index", remedy: `CREATE UNIQUE INDEX CONCURRENTLY ON "public"."reports" ("id");`},
-		{name: "partial index", ddl: `CREATE TABLE reports (id int, analytics_cache jsonb); CREATE UNIQUE INDEX ON reports (id) WHERE id > 0`, problem: "partial"},
-		{name: "wider index", ddl: `CREATE TABLE reports (id int, b int, analytics_cache jsonb, UNIQUE (id, b))`, problem: "no unique index"},
-		{name: "deferrable", ddl: `CREATE TABLE reports (id int UNIQUE DEFERRABLE, analytics_cache jsonb)`, problem: "deferrable"},
-		{name: "expression", ddl: `CREATE TABLE reports (id text, analytics_cache jsonb); CREATE UNIQUE INDEX ON reports (lower(id))`, problem: "no unique index"},
-		{name: "plain index", ddl: `CREATE TABLE reports (id int, analytics_cache jsonb); CREATE INDEX ON reports (id)`, problem: "no unique index"},
+		{name: "no index", ddl: `CREATE TABLE public.reports (id int, analytics_cache jsonb)`, problem: "no unique index", remedy: `CREATE UNIQUE INDEX CONCURRENTLY ON "public"."reports" ("id");`},
+		{name: "partial index", ddl: `CREATE TABLE public.reports (id int, analytics_cache jsonb); CREATE UNIQUE INDEX ON reports (id) WHERE id > 0`, problem: "partial"},
+		{name: "wider index", ddl: `CREATE TABLE public.reports (id int, b int, analytics_cache jsonb, UNIQUE (id, b))`, problem: "no unique index"},
+		{name: "deferrable", ddl: `CREATE TABLE public.reports (id int UNIQUE DEFERRABLE, analytics_cache jsonb)`, problem: "deferrable"},
+		{name: "expression", ddl: `CREATE TABLE public.reports (id text, analytics_cache jsonb); CREATE UNIQUE INDEX ON reports (lower(id))`, problem: "no unique index"},
+		{name: "plain index", ddl: `CREATE TABLE public.reports (id int, analytics_cache jsonb); CREATE INDEX ON reports (id)`, problem: "no unique index"},
 		{name: "expires", ddl: table, change: func(c *Column) { c.Expires = "local" }, problem: "without time zone", remedy: "TYPE timestamptz"},
 		{name: "expires not null", ddl: table, change: func(c *Column) { c.Expires = "must" }, problem: "NOT NULL", remedy: "DROP NOT NULL"},
 		{name: "updated", ddl: table, change: func(c *Column) { c.Updated = "id" }, problem: "is bigint", remedy: "timestamptz"},
@@ -521,8 +521,8 @@ func TestColumnAgainstTheCatalogue(t *testing.T) {
 // TestColumnPartitions: a partitioned table is one table.
 func TestColumnPartitions(t *testing.T) {
 	t.Parallel()
-	s := openColumns(t, `CREATE TABLE reports (id int PRIMARY KEY, analytics_cache jsonb) PARTITION BY RANGE (id);
-		CREATE TABLE low PARTITION OF reports FOR VALUES FROM (0) TO (10); CREATE TABLE high PARTITION OF reports FOR VALUES FROM (10) TO (20);
+	s := openColumns(t, `CREATE TABLE public.reports (id int PRIMARY KEY, analytics_cache jsonb) PARTITION BY RANGE (id);
+		CREATE TABLE public.low PARTITION OF reports FOR VALUES FROM (0) TO (10); CREATE TABLE public.high PARTITION OF reports FOR VALUES FROM (10) TO (20);
 		INSERT INTO reports VALUES (1, '1'), (11, '11')`, reports(t))
 	write(t, s, put(one("report:1"), "2"), put(one("report:11"), "3"), put(one("report:30"), "3"))
 	expectStands(t, s, "LLN", "report:1", "report:11", "report:30")

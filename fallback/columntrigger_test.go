@@ -245,7 +245,7 @@ func TestTriggerKeys(t *testing.T) {
 		for _, n := range columns {
 			defs, quotes = append(defs, quoted(n)+" text"), append(quotes, quoted(n))
 		}
-		s := openColumns(t, fmt.Sprintf(`CREATE TABLE t%d (%s, v jsonb, UNIQUE (%s))`, i, strings.Join(defs, ", "), strings.Join(quotes, ", ")), c)
+		s := openColumns(t, fmt.Sprintf(`CREATE TABLE public.t%d (%s, v jsonb, UNIQUE (%s))`, i, strings.Join(defs, ", "), strings.Join(quotes, ", ")), c)
 		record(t, s, c)
 		texts := []string{"1", "", ":", "::", "a:", ":a", "a::", "-", ".", "a.", `\`, `'`, "é", "cacheproxy:x", "%", "}", strings.Repeat("k", policy.MaxKey-3)}
 		var want []string

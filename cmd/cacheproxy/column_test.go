@@ -42,7 +42,7 @@ func TestColumn(t *testing.T) {
 	if code := exitCode(s.run("check"), &s.stderr); code != exitNot || !s.stdout.has(`route legacy: there is no table "public"."reports"; name one that exists in store.table`) {
 		t.Errorf("check without the table: exit code %d", code)
 	}
-	execute(t, s.postgresURL, `CREATE TABLE reports (id bigint PRIMARY KEY, title text, analytics_cache jsonb);
+	execute(t, s.postgresURL, `CREATE TABLE public.reports (id bigint PRIMARY KEY, title text, analytics_cache jsonb);
 		INSERT INTO reports VALUES (1, 'one', '{"n": 1}'), (2, 'two', NULL)`)
 	if code := exitCode(s.run("check"), &s.stderr); code != exitFine ||
 		!s.stdout.has("ok    postgres  route legacy: column analytics_cache of public.reports", "warn  postgres  route legacy: changes that others make are not recorded", "run: cacheproxy schema --route legacy | psql") {
