@@ -316,10 +316,7 @@ func (c *column) keySQL(r string) string {
 // joinsSQL tells whether the row r has a key, as Template.Join does.
 func (c *column) joinsSQL(r string) string {
 	lits := c.Template.Literals()
-	sql := fmt.Sprintf("octet_length(%s) <= %d", c.keySQL(r), policy.MaxKey)
-	if !strings.HasPrefix(lits[0], "cacheproxy:") {
-		sql += fmt.Sprintf(" AND NOT starts_with(%s, 'cacheproxy:')", c.keySQL(r))
-	}
+	sql := fmt.Sprintf("octet_length(%s) <= %d AND NOT starts_with(%[1]s, 'cacheproxy:')", c.keySQL(r), policy.MaxKey)
 	for i, key := range c.Keys {
 		part := r + "." + quoted(key) + "::text"
 		sql += " AND " + part + " <> ''"

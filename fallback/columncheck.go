@@ -38,7 +38,7 @@ func (e *ColumnError) Error() string {
 			}
 		}
 	}
-	return "fallback: a column cannot be used: " + strings.Join(all, "; ")
+	return "a column cannot be used: " + strings.Join(all, "; ")
 }
 
 // columnError is nil if nothing but warnings was found.
