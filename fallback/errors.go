@@ -22,6 +22,7 @@ const (
 	codeLockNotAvailable      = "55P03"
 	codeFeatureNotSupported   = "0A000"
 	codeQueryCanceled         = "57014"
+	codeRaised                = "P0001"
 )
 
 // opError names the operation that failed. Its text never carries what was stored or asked.
@@ -45,7 +46,7 @@ func (e *opError) Error() string {
 // messages of class 22 and 23, and pgx quotes the SQL when it cannot prepare a batch.
 func describe(err error) string {
 	if pg := pgError(err); pg != nil {
-		if class(pg) == "22" || class(pg) == "23" {
+		if class(pg) == "22" || class(pg) == "23" || pg.Code == codeRaised {
 			return "Postgres refused the data (SQLSTATE " + pg.Code + ")"
 		}
 		return pg.Error()
@@ -135,11 +136,19 @@ func lost(err error) bool {
 		strings.Contains(err.Error(), "expected ReadyForQuery")
 }
 
-// BadData tells that Postgres refused a value (class 22) or could not hold it (class 54): the caller may
-// repeat the group with CommitOptions.RawOnly, which gives Postgres nothing to parse.
+// errNotJSON refuses a value that a column cannot hold. BadData is true of it.
+var errNotJSON = errors.New("a value is not JSON that a column can hold")
+
+// BadData tells that Postgres refused a value (class 22), or could not hold it (class 54), or that a constraint (class 23) or a
+// trigger (P0001) of the application's table has refused it: the caller may repeat the group with CommitOptions.RawOnly, which
+// gives Postgres nothing to parse. That is no help to a column: of those that concern one it stays true, and the caller finds
+// out one by one which it is.
 func BadData(err error) bool {
+	if errors.Is(err, errNotJSON) {
+		return true
+	}
 	pg := pgError(err)
-	return pg != nil && (class(pg) == "22" || class(pg) == "54")
+	return pg != nil && (class(pg) == "22" || class(pg) == "54" || class(pg) == "23" || pg.Code == codeRaised)
 }
 
 // Retryable tells that nothing was done and that the same request may succeed at once: a serialization

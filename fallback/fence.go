@@ -22,7 +22,8 @@ ON CONFLICT (scope) DO UPDATE SET generation = excluded.generation`
 	liftSQL = `SELECT setval('cacheproxy.fence', $1::bigint) FROM cacheproxy.fence WHERE last_value < $1::bigint`
 )
 
-// Fence makes every row that is stored now dead, those of one route or, if scope is "", all. It waits until
+// Fence makes every row that is stored now dead, those of one route or, if scope is "", all of the table: columns of the
+// application are not flushed with it. It waits until
 // no Tx is open, keeps new ones waiting, runs during, and commits. Readers see the rows until the commit and
 // none of them afterwards. If during fails, nothing has changed and its error is returned as it is. ctx as
 // given to during ends after thirty seconds at the latest. After an error that is Uncertain the caller may
@@ -30,6 +31,10 @@ ON CONFLICT (scope) DO UPDATE SET generation = excluded.generation`
 //
 // The rows are not touched, so a fence costs the same however many they are; the sweep removes them.
 func (s *Store) Fence(ctx context.Context, scope string, during func(context.Context) error) error {
+	// A column has fences of its own; its name as a route may have been another store's before.
+	if c := s.columns.Load().byRoute[scope]; c != nil {
+		scope = c.scope()
+	}
 	return s.exclusive(ctx, "fence", func(b *pgx.Batch) { b.Queue(raiseSQL, scope) }, during)
 }
 

@@ -41,20 +41,24 @@ WHERE e.key = ANY ($1::text[])
                        WHERE g.scope IN ('', $2::text, e.route))`
 
 // Load answers what the store knows of refs, in their order. A row that has expired reads Tombstone until the
-// sweep removes it, a row of a dead generation Absent. It asks one statement per distinct route of refs, all in
+// sweep removes it, a row of a dead generation Absent, and a key that its route's column has no row for NoRow. It asks one statement per distinct route of refs, all in
 // one round trip, and repeats that once when a pooled connection turns out to be dead. The values belong to the
 // caller.
 func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
 	if len(refs) == 0 {
 		return nil, nil
 	}
+	cs, err := s.known(ctx)
+	if err != nil {
+		return nil, wrap("load", err)
+	}
 	var rows []policy.Row
-	err := s.do(ctx, s.reads, "load", func(ctx context.Context, c *pgx.Conn) error {
+	err = s.do(ctx, s.reads, "load", func(ctx context.Context, c *pgx.Conn) error {
 		var b pgx.Batch
-		l := queueLoad(&b, refs, true)
+		l := cs.queueLoad(&b, refs, true)
 		br := c.SendBatch(ctx, &b)
 		var err error
-		rows, err = l.read(br)
+		rows, err = l.read(br, cs)
 		if cerr := br.Close(); err == nil {
 			err = cerr
 		}
@@ -68,42 +72,70 @@ func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, erro
 
 // load is the reading part of a batch: queued first, read in the same place of the answers.
 type load struct {
-	refs   []policy.Ref
-	routes []string // distinct, in the order of the statements
+	refs  []policy.Ref
+	parts []loadPart
+}
+
+// loadPart is one statement: the keys of one route.
+type loadPart struct {
+	route  string
+	column *column // nil: the rows of cacheproxy.entries
 }
 
 // queueLoad adds one statement per distinct route of refs to b.
-func queueLoad(b *pgx.Batch, refs []policy.Ref, values bool) load {
+func (cs *columns) queueLoad(b *pgx.Batch, refs []policy.Ref, values bool) load {
 	l := load{refs: refs}
+	list, of := cs.among(refs)
+	for i, c := range list {
+		if len(of[i].keys) > 0 { // the others name no row
+			l.parts = append(l.parts, loadPart{c.Route, c})
+			b.Queue(c.load, of[i].args(c.Route, c.scope(), values)...)
+		}
+	}
+	var routes []string
 	keys := make(map[string][]string, 1)
 	for _, ref := range refs {
+		if cs.byRoute[ref.Route] != nil {
+			continue
+		}
 		if _, seen := keys[ref.Route]; !seen {
-			l.routes = append(l.routes, ref.Route)
+			routes = append(routes, ref.Route)
 		}
 		keys[ref.Route] = append(keys[ref.Route], ref.Key)
 	}
-	for _, route := range l.routes {
+	for _, route := range routes {
+		l.parts = append(l.parts, loadPart{route: route})
 		b.Queue(loadSQL, keys[route], route, values)
 	}
 	return l
 }
 
-// read takes the answers to what queueLoad queued from br.
-func (l load) read(br pgx.BatchResults) ([]policy.Row, error) {
+// read takes the answers to what queueLoad queued from br. What is not among them is missing.
+func (l load) read(br pgx.BatchResults, cs *columns) ([]policy.Row, error) {
 	found := make(map[policy.Ref]policy.Row, len(l.refs))
-	for _, route := range l.routes {
+	for _, part := range l.parts {
 		rows, err := br.Query()
 		if err != nil {
 			return nil, err
 		}
 		var key string
+		var state int32
 		var row policy.Row
-		_, err = pgx.ForEachRow(rows, []any{&key, &row.Value, &row.ExpiresAt, &row.TTL}, func() error {
+		columns := []any{&key, &row.Value, &row.ExpiresAt, &row.TTL}
+		if part.column != nil {
+			columns = []any{&key, &state, &row.Value, &row.ExpiresAt, &row.TTL}
+		}
+		_, err = pgx.ForEachRow(rows, columns, func() error {
 			row.State = policy.Live
-			if row.Value == nil { // an empty value is not nil: only deleted and expired keys have none
-				row = policy.Row{State: policy.Tombstone, TTL: -1, ExpiresAt: -1}
+			if part.column != nil {
+				row.State = policy.State(state)
+			} else if row.Value == nil { // an empty value is not nil: only deleted and expired keys have none
+				row.State = policy.Tombstone
 			}
-			found[policy.Ref{Route: route, Key: key}] = row
+			if row.State != policy.Live {
+				row = policy.Row{State: row.State, TTL: -1, ExpiresAt: -1}
+			}
+			found[policy.Ref{Route: part.route, Key: key}] = row
 			row = policy.Row{} // the next row gets bytes of its own
 			return nil
 		})
@@ -115,9 +147,12 @@ func (l load) read(br pgx.BatchResults) ([]policy.Row, error) {
 	given := make(map[policy.Ref]bool, len(found))
 	for i, ref := range l.refs {
 		row, ok := found[ref]
-		if !ok {
+		switch {
+		case !ok && cs.byRoute[ref.Route] != nil:
+			row = policy.Row{State: policy.NoRow, TTL: -1, ExpiresAt: -1}
+		case !ok:
 			row = policy.Row{State: policy.Absent, TTL: -1, ExpiresAt: -1}
-		} else if given[ref] { // named twice, as in MGET k k: each answer owns its bytes
+		case given[ref]: // named twice, as in MGET k k: each answer owns its bytes
 			row.Value = bytes.Clone(row.Value)
 		}
 		given[ref] = true

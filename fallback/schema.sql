@@ -71,3 +71,19 @@ CREATE TABLE IF NOT EXISTS cacheproxy.phases (
     last_seen timestamptz NOT NULL,
     PRIMARY KEY (route, phase)
 );
+
+-- What a column of the application cannot hold of a key: one row per key that was changed through the proxy, or recorded by
+-- a trigger that `cacheproxy schema --route` prints.
+CREATE TABLE IF NOT EXISTS cacheproxy.meta (
+    route      text COLLATE "C",
+    key        text COLLATE "C",
+    expires_at timestamptz,                 -- NULL: never, or the column has a neighbour that says so
+    digest     bytea,                       -- of the value that expires_at speaks of
+    dropped    boolean NOT NULL DEFAULT false, -- an empty column is no delete: Redis holds the value
+    generation bigint NOT NULL,
+    updated_at timestamptz NOT NULL,
+    change     bigint,                      -- of a change that Redis is to be told of: its number in the order of the journal
+    PRIMARY KEY (route, key)
+) WITH (autovacuum_vacuum_scale_factor = 0.05);
+CREATE INDEX IF NOT EXISTS meta_updated_at ON cacheproxy.meta (updated_at);
+CREATE INDEX IF NOT EXISTS meta_change ON cacheproxy.meta (change) WHERE change IS NOT NULL;

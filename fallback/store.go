@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -61,6 +62,9 @@ type Config struct {
 	QueryTimeout time.Duration
 	// Window is how long it is remembered that a key was deleted or has expired; 0 means 1 h.
 	Window time.Duration
+	// Columns are the routes whose values stand in columns of the application's tables; those of all others stand in
+	// cacheproxy.entries.
+	Columns []Column
 	// Log receives what happens in Run; nil means nothing is logged.
 	Log *zap.Logger
 }
@@ -84,7 +88,7 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Store is the table store of one Postgres database. All methods may be called from any goroutine. Errors
+// Store is the store of one Postgres database: the table cacheproxy.entries, and the columns of the configuration. All methods may be called from any goroutine. Errors
 // answer to Uncertain, Overloaded, Unavailable, Retryable, BadData and ReadOnly.
 type Store struct {
 	// Static after New.
@@ -95,6 +99,7 @@ type Store struct {
 	house      *limiter
 	fence      *limiter
 	sweepEvery time.Duration
+	columns    atomic.Pointer[columns]
 }
 
 // New checks cfg and returns a store that has not connected yet: connections are made when they are needed,
@@ -104,6 +109,10 @@ func New(cfg Config) (*Store, error) { return newStore(cfg, nil) }
 // newStore is New with a look at every statement for tests; nil looks at none.
 func newStore(cfg Config, tracer pgx.QueryTracer) (*Store, error) {
 	cfg = cfg.withDefaults()
+	cs, err := newColumns(cfg.Columns)
+	if err != nil {
+		return nil, err
+	}
 	pc, err := pgxpool.ParseConfig(cfg.URL)
 	if err != nil {
 		// The parser's own error quotes the URL, whose password it can mask only where it can find it.
@@ -146,13 +155,15 @@ func newStore(cfg Config, tracer pgx.QueryTracer) (*Store, error) {
 	if err != nil {
 		return nil, errors.New("fallback: the pool settings in the Postgres URL are impossible")
 	}
-	return &Store{
+	s := &Store{
 		cfg: cfg, pool: pool, sweepEvery: sweepEvery,
 		reads:  newLimiter(cfg.MaxReads),
 		writes: newLimiter(cfg.MaxWrites),
 		house:  newLimiter(housekeepers),
 		fence:  newLimiter(fences),
-	}, nil
+	}
+	s.columns.Store(cs)
+	return s, nil
 }
 
 // milliseconds is d as Postgres reads it; at least 1, because 0 would switch the limit off.

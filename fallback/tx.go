@@ -51,6 +51,8 @@ const (
 	// The locks are taken in the order of the array; count makes one answer of them.
 	lockKeysSQL = `SELECT count(pg_advisory_xact_lock($1::int, id)) FROM unnest($2::int[]) AS id`
 	numberSQL   = `SELECT nextval('cacheproxy.fence')`
+	// What the triggers that `schema --route` prints do not record.
+	ownSQL      = `SELECT set_config('cacheproxy.own', 'on', true)`
 	commitSQL   = `COMMIT`
 	rollbackSQL = `ROLLBACK`
 )
@@ -67,6 +69,7 @@ var errNotLocked = errors.New("a change names a key that this transaction has no
 type Tx struct {
 	s      *Store
 	conn   *pgxpool.Conn
+	cs     *columns // static, as all columns that known answers
 	refs   []policy.Ref
 	number int64
 	rows   []policy.Row
@@ -87,7 +90,8 @@ func (t *Tx) Rows() []policy.Row { return t.rows }
 // QueryTimeout) and then fails with a Retryable error. ctx bounds Begin alone.
 //
 // The statements are separate on purpose: in READ COMMITTED each takes its snapshot when it starts, so the
-// rows are read as the previous holder of the locks has left them.
+// rows are read as the previous holder of the locks has left them. The rows of an adopted column are locked too: other
+// programs than ours write them, and take no key locks.
 func (s *Store) Begin(ctx context.Context, refs []policy.Ref) (*Tx, error) {
 	return s.open(ctx, refs, true)
 }
@@ -100,10 +104,14 @@ func (s *Store) Lock(ctx context.Context, refs []policy.Ref) (*Tx, error) {
 func (s *Store) open(ctx context.Context, refs []policy.Ref, values bool) (*Tx, error) {
 	ctx, cancel := s.within(ctx)
 	defer cancel()
+	cs, err := s.known(ctx)
+	if err != nil {
+		return nil, wrap("begin", err)
+	}
 	if err := s.writes.acquire(ctx); err != nil {
 		return nil, wrap("begin", err)
 	}
-	t := &Tx{s: s, refs: refs}
+	t := &Tx{s: s, cs: cs, refs: refs}
 	// Nothing is committed here, so a dead connection from the pool costs no more than a second attempt.
 	if err := s.try(ctx, func() error { return t.begin(ctx, values) }); err != nil {
 		s.writes.release()
@@ -127,9 +135,18 @@ func (t *Tx) begin(ctx context.Context, values bool) error {
 		b.Queue(lockStoreSharedSQL, storeLockClass, storeLock)
 		b.Queue(lockKeysSQL, keyLockClass, ids)
 	}
+	list, of := t.cs.among(t.refs)
+	if len(list) > 0 {
+		b.Queue(ownSQL)
+	}
+	for i, c := range list {
+		if len(of[i].keys) > 0 {
+			b.Queue(c.lock, of[i].args()...)
+		}
+	}
 	locks := b.Len()
 	b.Queue(numberSQL)
-	l := queueLoad(&b, t.refs, values)
+	l := t.cs.queueLoad(&b, t.refs, values)
 
 	br := conn.SendBatch(ctx, &b)
 	err = func() error {
@@ -141,7 +158,7 @@ func (t *Tx) begin(ctx context.Context, values bool) error {
 		if err := br.QueryRow().Scan(&t.number); err != nil {
 			return err
 		}
-		t.rows, err = l.read(br)
+		t.rows, err = l.read(br, t.cs)
 		return err
 	}()
 	if cerr := br.Close(); err == nil {
@@ -183,7 +200,8 @@ type CommitOptions struct {
 	// left out of the new one, and if none remains, no row is made. Rows are struck only under the locks of all their keys, so
 	// what is there now stays until this transaction has ended.
 	Known []int64
-	// RawOnly stores every value as bytes and nothing as JSON: for the second attempt after BadData.
+	// RawOnly stores every value as bytes and nothing as JSON: for the second attempt after BadData. A column holds JSON
+	// alone, so that it changes nothing there.
 	RawOnly bool
 }
 
@@ -204,7 +222,9 @@ func (t *Tx) Commit(ctx context.Context, changes []policy.Change, opt CommitOpti
 	}
 
 	var b pgx.Batch
-	queueChanges(&b, changes, opt.RawOnly)
+	if err := t.cs.queueAll(&b, changes, opt.RawOnly); err != nil {
+		return 0, wrap("commit", err)
+	}
 	before := b.Len()
 	if len(opt.Journal) > 0 {
 		queueIntent(&b, opt.Journal, opt.Known)
@@ -239,23 +259,40 @@ func (t *Tx) Commit(ctx context.Context, changes []policy.Change, opt CommitOpti
 
 // Strike deletes journal rows and returns those that were there; Commit makes that lasting. The rows of their keys count as changed now (see ChangedSince). All their keys should be among the refs
 // of Begin (see CommitOptions.Known), which the caller judges by what is returned. After an error the Tx is to be rolled back.
-func (t *Tx) Strike(ctx context.Context, ids []int64) ([]Intent, error) {
+func (t *Tx) Strike(ctx context.Context, ids []int64) (_ []Intent, err error) {
 	if t.ended {
 		return nil, wrap("strike", errEnded)
 	}
 	ctx, cancel := t.s.within(ctx)
 	defer cancel()
-	rows, err := t.conn.Query(ctx, takeSQL, ids)
+	var b pgx.Batch
+	b.Queue(takeSQL, ids, t.cs.arrays())
+	if len(t.cs.list) > 0 {
+		b.Queue(toldSQL, ids)
+	}
+	br := t.conn.SendBatch(ctx, &b)
+	var intents []Intent
+	for range b.Len() {
+		rows, rerr := br.Query()
+		if err = rerr; err != nil {
+			break
+		}
+		var id int64
+		var keys, routes []string
+		if _, err = pgx.ForEachRow(rows, []any{&id, &keys, &routes}, func() error {
+			intents = append(intents, newIntent(id, keys, routes))
+			return nil
+		}); err != nil {
+			break
+		}
+	}
+	if cerr := br.Close(); err == nil {
+		err = cerr
+	}
 	if err != nil {
 		return nil, wrap("strike", err)
 	}
-	intents, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Intent, error) {
-		var id int64
-		var keys, routes []string
-		err := row.Scan(&id, &keys, &routes)
-		return newIntent(id, keys, routes), err
-	})
-	return intents, wrap("strike", err)
+	return intents, nil
 }
 
 // Named tells which of keys a journal row names. Of keys among the refs of Begin that is so until this Tx ends. After an error the Tx is to be rolled back.
@@ -265,7 +302,7 @@ func (t *Tx) Named(ctx context.Context, keys []string) (map[string]bool, error) 
 	}
 	ctx, cancel := t.s.within(ctx)
 	defer cancel()
-	rows, err := t.conn.Query(ctx, namedSQL, keys)
+	rows, err := t.conn.Query(ctx, namedSQL, keys, t.cs.arrays())
 	if err != nil {
 		return nil, wrap("look into the journal", err)
 	}

@@ -17,6 +17,9 @@ const (
 	Tombstone
 	// Live: the store has a value that has not expired.
 	Live
+	// NoRow: the store has no place for the key: an adopted column without a row of that key. A change of the key
+	// changes nothing there.
+	NoRow
 )
 
 // Row is what a store answers for one key. Value belongs to the caller.
@@ -49,7 +52,7 @@ type Expiry struct {
 	MS   int64
 }
 
-// ChangeOp is a closed list: what a write does to a key's row.
+// ChangeOp is a closed list: what a write does to a key's row. A key that is NoRow has none, and every op leaves it so.
 type ChangeOp uint8
 
 const (

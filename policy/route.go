@@ -58,7 +58,9 @@ func (w WritePolicy) String() string { return enumWord("WritePolicy", writePolic
 // Route is a key pattern and what holds for the keys it matches.
 type Route struct {
 	Name        string        // unique among the routes, at most 200 bytes
-	Match       string        // a pattern for Glob, at most 4,000 bytes; braces are literal
+	Match       string        // a pattern for Glob, at most 4,000 bytes, braces literal; with Template: its text
+	Template    *Template     // for a column that the application has; nil: the proxy's own table
+	Place       string        // where that column is, in words for people: "column c of table s.t"
 	Phase       Phase         // zero: Phase0
 	TTL         time.Duration // of a value written without one; 0: none
 	Jitter      float64       // share of TTL that expiries are spread over, from 0 to 1; 0.1 is 10 %
@@ -66,6 +68,10 @@ type Route struct {
 	OnUnknown   OnUnknown
 	WritePolicy WritePolicy
 }
+
+// Column tells whether the store of the route is a column that the application has: it holds JSON alone, and only keys
+// that have a row.
+func (r *Route) Column() bool { return r.Template != nil }
 
 // check returns what is wrong with r by itself.
 func (r *Route) check() []error {
@@ -121,7 +127,7 @@ func NewRouter(routes []Route) (*Router, error) {
 		} else if route.Name != "" {
 			errs = append(errs, fmt.Errorf("routes[%d]: name %q is that of routes[%d]", i, route.Name, first))
 		}
-		r.root.insert(route.Match, i)
+		r.root.insert(route, i)
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
@@ -175,7 +181,7 @@ func (r *Router) Match(key []byte) *Route {
 			best = min(best, n.exact)
 		}
 		for i := 0; i < len(n.globs) && n.globs[i].route < best; i++ {
-			if Glob(n.globs[i].pattern, key) {
+			if n.globs[i].matches(key) {
 				best = n.globs[i].route
 			}
 		}
@@ -204,14 +210,29 @@ type node struct {
 }
 
 type nodeGlob struct {
-	route   int
-	pattern []byte
+	route    int
+	pattern  []byte
+	template *Template // nil: the pattern says all
+}
+
+// matches compares a key with the whole pattern.
+func (g *nodeGlob) matches(key []byte) bool {
+	if g.template != nil {
+		return g.template.Matches(key)
+	}
+	return Glob(g.pattern, key)
 }
 
 func newNode(label string) *node { return &node{label: label, exact: noRoute, prefix: noRoute} }
 
 // insert files the pattern of a route under n, the root. Routes come in order.
-func (n *node) insert(pattern string, route int) {
+func (n *node) insert(r *Route, route int) {
+	if r.Template != nil {
+		n = n.at(r.Template.literals[0])
+		n.globs = append(n.globs, nodeGlob{route: route, template: r.Template})
+		return
+	}
+	pattern := r.Match
 	lit, rest := literal(pattern)
 	n = n.at(lit)
 	switch rest {
@@ -220,7 +241,7 @@ func (n *node) insert(pattern string, route int) {
 	case "*":
 		n.prefix = min(n.prefix, route)
 	default:
-		n.globs = append(n.globs, nodeGlob{route, []byte(pattern)})
+		n.globs = append(n.globs, nodeGlob{route: route, pattern: []byte(pattern)})
 	}
 }
 

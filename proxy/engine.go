@@ -26,6 +26,7 @@ type Config struct {
 	StoreTimeout time.Duration // bounds one use of the store; 0: 2 s
 	MaxValue     int           // bytes of a value that is to have a copy in the store; 0: 32 MiB
 	Window       time.Duration // how far back a failover may lose writes; 0: 1 h
+	Sample       float64       // share of hits whose two copies are compared behind the clients' backs; 0: none
 	Instance     string        // names this sidecar in leases and marks; unique in the fleet
 	Log          *zap.Logger   // nil: none
 }
@@ -70,6 +71,7 @@ type engine struct {
 	fill    *filler
 	write   *writer
 	generic *runner
+	shadow  *shadow
 	stats   *counters
 	clocks  clocks
 	router  atomic.Pointer[policy.Router]
@@ -95,6 +97,8 @@ func newEngine(cfg Config, store Store) (*engine, error) {
 	e.fill = newFiller(e)
 	e.write = newWriter(e)
 	e.generic = newRunner(e)
+	e.shadow = newShadow(e)
+	e.shadow.set(cfg.Sample)
 	router, err := policy.NewRouter(cfg.Routes)
 	if err != nil {
 		return nil, err
@@ -120,6 +124,7 @@ func (e *engine) run(ctx context.Context) {
 	start(e.write.run)
 	if e.usesStore() {
 		start(e.journal.run)
+		start(e.shadow.run)
 	}
 	e.wg.Wait()
 	e.generic.close()
@@ -313,7 +318,7 @@ func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int
 	defer tx.Rollback()
 	var keys []string
 	for i, row := range tx.Rows() {
-		if row.State != policy.Absent { // an expired row is a tombstone: the value it replaced is gone too
+		if speaks(row) { // an expired row is a tombstone: the value it replaced is gone too
 			keys = append(keys, refs[i].Key)
 		}
 	}
@@ -352,6 +357,7 @@ func (noStore) Fence(ctx context.Context, _ string, during func(context.Context)
 	return during(ctx)
 }
 func (noStore) Lift(context.Context, int64) (bool, error) { return false, errStoreDown }
+func (noStore) JSON([]byte) bool                          { return true }
 func (noStore) Unavailable(err error) bool                { return errors.Is(err, errStoreDown) }
 func (noStore) Uncertain(error) bool                      { return false }
 func (noStore) BadData(error) bool                        { return false }

@@ -478,7 +478,7 @@ func (f *filler) await(ctx context.Context, loads []*load) (again []*load) {
 		switch {
 		case e.journal.staleStore(keys[i]):
 			doubt = append(doubt, l)
-		case rows[i].State != policy.Absent:
+		case speaks(rows[i]):
 			f.finish(l, f.e.rowAnswer(rows[i]), early[i])
 		default:
 			doubt = append(doubt, l)
@@ -563,7 +563,7 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 		switch {
 		case marked[i] && err == nil:
 			f.beginAgain(l)
-		case others[i].code == keyOther:
+		case others[i].code == keyOther, others[i].code == keyValue && err == nil && rows[i].State == policy.NoRow:
 			f.finish(l, f.e.redisAnswer(others[i]), early[i])
 		case err != nil:
 			why := unavailable(l.route, "neither store can be asked")
@@ -576,7 +576,7 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 			f.finish(l, answer{fail: why}, early[i])
 		case e.journal.staleStore(keys[i]):
 			f.finish(l, answer{fail: unavailable(l.route, "the store's copy is stale and Redis cannot be asked")}, early[i])
-		case rows[i].State == policy.Absent && e.mayBeInRedis(l.route):
+		case rows[i].State == policy.NoRow && others[i].code == 0, rows[i].State == policy.Absent && e.mayBeInRedis(l.route):
 			if l.route.OnUnknown == policy.UnknownError {
 				f.finish(l, answer{fail: unavailable(l.route, "redis may hold the key and cannot be asked")}, early[i])
 			} else {
@@ -646,7 +646,7 @@ func (f *filler) beginAgain(l *load) {
 }
 
 // otherTypes looks in Redis for keys without a live row where the phase does not read strings there: a key that holds
-// something else is not the store's, and Redis speaks for it.
+// something else is not the store's, and Redis speaks for it; so it does for a key that has no row in an adopted column.
 func (f *filler) otherTypes(ctx context.Context, loads []*load, keys []string, rows []policy.Row) []keyReply {
 	out := make([]keyReply, len(loads))
 	var idx []int

@@ -52,6 +52,7 @@ type runOp struct {
 	routes []*policy.Route // of keys
 	writes []bool          // keys that it may change
 	proto  int
+	source string // a key without a store whose value it would move into a column; "": none
 	done   func(reply []byte)
 
 	// Of a transaction. raw is EXEC; its commands are queued on pin. watched are rows as they were at WATCH, of keys that have no
@@ -234,9 +235,10 @@ func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
 		defer tx.Rollback()
 		st.tx, st.rows, st.number = tx, tx.Rows(), strconv.FormatInt(tx.Number(), 10)
 		for i, route := range op.routes {
-			st.first[i] = route.Phase.Rules().Write.KeepsRow()
+			st.first[i] = route.Phase.Rules().Write.KeepsRow() && st.rows[i].State != policy.NoRow
 		}
 		st.truth = st.rowsRead()
+		st.named = e.entryNames(ctx, tx, op.keys)
 	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
 		return op.refuse(staleAndAlone(op.route())), nil
 	case e.store.gone(err) && op.withoutStore():
@@ -270,6 +272,12 @@ type running struct {
 	epoch   uint64
 	version string     // of the marks
 	after   []keyReply // what the command left of the keys of captured()
+
+	// Of a command that may write a key of a column (column.go).
+	named  bool       // an entry names a key that has no row
+	odd    []bool     // keys whose value in Redis no row can hold; nil: none
+	before []before   // what the keys held when it ran
+	left   []keyReply // what it left of the keys of overtaken()
 }
 
 // rowsRead leaves out what phases find that do not read the store: phase3 may write beside them, and tells the store nothing.
@@ -339,6 +347,11 @@ func (st *running) judge(e *engine) (adopt []policy.Change, err error) {
 			return nil, errMarked
 		case st.tx == nil && k.mark == "" && k.code == keyDone:
 			return nil, &refusalError{unavailable(st.routes[i], "the store may hold the key and cannot be asked")}
+		case st.first[i] && k.code == keyValue && st.rows[i].State == policy.Absent && !e.fits(st.routes[i], k.value):
+			if st.odd == nil {
+				st.odd = make([]bool, len(st.keys))
+			}
+			st.first[i], st.odd[i] = false, true
 		case st.first[i] && k.code == keyValue && st.rows[i].State == policy.Absent:
 			adopt = append(adopt, policy.Change{Ref: st.keys[i], Op: policy.Put, Value: k.value, Expiry: e.rowLife(k.at)})
 		}
@@ -384,6 +397,16 @@ func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
 		e.up.abandon(conn.link)
 		conn.Close() //nolint:errcheck // given up
 	}()
+	if st.source != "" {
+		if no, err := r.brings(conn, st); no != nil || err != nil {
+			healthy = no != nil && conn.unwatch(e.cfg.Redis.Timeout) == nil
+			if no == nil {
+				e.redisFailed(err)
+				no = unavailable(st.route(), "redis cannot be reached")
+			}
+			return st.refuse(no), nil
+		}
+	}
 	var adopt []policy.Change
 	err = r.prepare(ctx, conn, st)
 	if err == nil {
@@ -423,7 +446,7 @@ func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
 		return st.refuse(e.stats.unsure(st.route(), "the connection to Redis broke")), nil
 	}
 	healthy = true
-	return r.mirror(ctx, st, reply), nil
+	return r.settle(ctx, st, reply)
 }
 
 // prepare draws the number in Redis, looks at the keys and watches their leases: whoever overtakes us from now on makes EXEC fail.
@@ -499,14 +522,20 @@ func (r *runner) exec(conn *runConn, st *running) (reply []byte, err error) {
 		row, red := st.truth[i], st.redis[i]
 		// An unmarked row is the truth, also where Redis has a copy: that may be stale. So is one that both journals name.
 		load := row.State == policy.Live && red.code != keyOther && (red.mark == "" || r.e.journal.staleRedis(k.Key))
+		b := beforeOf(red)
 		switch {
-		case load && row.TTL >= 0:
-			add("SET", k.Key, string(row.Value), "PXAT", strconv.FormatInt(r.e.clocks.toRedis(row.ExpiresAt), 10))
 		case load:
-			add("SET", k.Key, string(row.Value))
+			b.op, b.value, b.ends = "s", exact(st.routes[i], row, red), r.e.clocks.toRedis(row.ExpiresAt)
+			if row.TTL >= 0 {
+				add("SET", k.Key, string(b.value), "PXAT", strconv.FormatInt(b.ends, 10))
+			} else {
+				add("SET", k.Key, string(b.value))
+			}
 		case row.State == policy.Tombstone && red.code == keyValue && red.mark == "":
+			b.op = "d"
 			add("UNLINK", k.Key)
 		}
+		st.before = append(st.before, b)
 	}
 	at := n - 1
 	req = append(req, st.raw...)
@@ -551,8 +580,12 @@ func (r *runner) tails(st *running) (tails [][]string) {
 		tails = append(tails, append(t, st.number, st.token, leaseMS, st.version))
 	}
 	if idx := st.overtaken(); len(idx) > 0 {
-		t := append([]string{"EVAL", scriptOvertake.body}, st.scriptArgs(idx)...)
-		tails = append(tails, append(t, st.number, st.version, leaseMS))
+		if st.judged() {
+			tails = append(tails, st.asideTail(idx))
+		} else {
+			t := append([]string{"EVAL", scriptOvertake.body}, st.scriptArgs(idx)...)
+			tails = append(tails, append(t, st.number, st.version, leaseMS))
+		}
 		r.e.journal.keepMarks(st.pick(idx), st.version)
 	}
 	return tails
@@ -576,14 +609,22 @@ func (r *runner) unmark(st *running) { r.e.journal.forgetMarks(st.pick(st.overta
 
 // took reads the results of the tails.
 func (r *runner) took(st *running, results [][]byte) (err error) {
-	idx := st.captured()
-	if len(idx) == 0 {
-		return nil
+	read := func(idx []int) (rs []keyReply, err error) {
+		if err := errorOf(results[0]); err != nil {
+			return nil, &captureError{err}
+		}
+		rs, err = keyReplies(results[0], len(idx))
+		results = results[1:]
+		return rs, err
 	}
-	if err := errorOf(results[0]); err != nil {
-		return &captureError{err}
+	if idx := st.captured(); len(idx) > 0 {
+		if st.after, err = read(idx); err != nil {
+			return err
+		}
 	}
-	st.after, err = keyReplies(results[0], len(idx))
+	if idx := st.overtaken(); len(idx) > 0 && st.judged() {
+		st.left, err = read(idx)
+	}
 	return err
 }
 
@@ -611,26 +652,28 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		st.discard()
 		return appendNullArray(nil, st.proto), nil
 	}
+	keys := make([]string, len(st.keys))
+	for i, k := range st.keys {
+		keys[i] = k.Key
+	}
+	var err error
+	had := make([]keyReply, len(keys))
+	if slices.ContainsFunc(st.routes, (*policy.Route).Column) {
+		if had, err = e.up.script(ctx, scriptRead, keys, st.number); err != nil {
+			return r.notLoaded(st, err), nil
+		}
+	}
 	argv := []string{st.number}
 	for i, row := range st.truth {
 		first := "0"
 		if st.first[i] {
 			first = "1"
 		}
-		argv = append(argv, first, rowFlag(row), string(row.Value), strconv.FormatInt(e.clocks.toRedis(row.ExpiresAt), 10))
+		// A client that watches the key would see it change if its bytes were replaced by others that mean the same.
+		argv = append(argv, first, rowFlag(row), string(exact(st.routes[i], row, had[i])), strconv.FormatInt(e.clocks.toRedis(row.ExpiresAt), 10))
 	}
-	keys := make([]string, len(st.keys))
-	for i, k := range st.keys {
-		keys[i] = k.Key
-	}
-	var err error
 	if st.redis, err = e.up.script(ctx, scriptLoad, keys, argv...); err != nil {
-		e.redisFailed(err)
-		if words := ownWords(err); words != nil {
-			st.discard()
-			return words, nil
-		}
-		return st.refuse(unavailable(st.route(), "redis cannot be reached")), nil
+		return r.notLoaded(st, err), nil
 	}
 	for _, k := range st.redis {
 		if k.code == keyRefused {
@@ -640,6 +683,14 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 	}
 	if adopt, err := st.judge(e); err != nil || len(adopt) > 0 {
 		return r.again(ctx, st, adopt, err)
+	}
+	if st.judged() {
+		if had, err = e.up.script(ctx, scriptRead, keys, st.number); err != nil {
+			return r.notLoaded(st, err), nil
+		}
+		for _, k := range had {
+			st.before = append(st.before, beforeOf(k))
+		}
 	}
 
 	var reqs [][]byte
@@ -676,7 +727,17 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		r.dropCaptured(ctx, st)
 		return e.stats.unsure(st.route(), "redis refused the end of the transaction").reply(nil), nil
 	}
-	return r.mirror(ctx, st, reply), nil
+	return r.settle(ctx, st, reply)
+}
+
+// notLoaded refuses a transaction whose keys could not be loaded.
+func (r *runner) notLoaded(st *running, err error) []byte {
+	r.e.redisFailed(err)
+	if words := ownWords(err); words != nil {
+		st.discard()
+		return words
+	}
+	return st.refuse(unavailable(st.route(), "redis cannot be reached"))
 }
 
 // lookAgain watches the keys of a transaction without the key locks, and judges once more what they are: nothing can be loaded then, and a sidecar that
@@ -855,7 +916,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		case keyValue:
 			s.now = e.replyValue(k)
 			ends := e.rowLife(k.at)
-			if s.row.State == policy.Live && bytes.Equal(s.row.Value, k.value) && (s.row.ExpiresAt < 0) == (k.at < 0) && (k.at < 0 || abs(s.row.ExpiresAt-ends.MS) < clockSlack) {
+			if s.row.State == policy.Live && same(s.route, k.value, s.row.Value) && (s.row.ExpiresAt < 0) == (k.at < 0) && (k.at < 0 || abs(s.row.ExpiresAt-ends.MS) < clockSlack) {
 				continue // it was only read: the row stays, and goes back into Redis
 			}
 			large = large || len(k.value) > e.cfg.MaxValue
@@ -863,7 +924,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 			s.dirty = true
 		case keyOther:
 			s.now.Other, s.now.Exists = true, true
-			if s.row.State != policy.Absent {
+			if speaks(s.row) {
 				changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Drop})
 			}
 		default:
@@ -874,7 +935,10 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		}
 	}
 	for _, i := range lost {
-		if st.rows[i].State != policy.Absent {
+		if st.rows[i].State == policy.NoRow {
+			e.stats.route(st.routes[i].Name).noRow.Add(1)
+		}
+		if speaks(st.rows[i]) {
 			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
 		}
 	}
@@ -887,6 +951,11 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 			e.journal.leaveMarks(st.pick(lost), st.version)
 			return r.notCommitted(ctx, st, g, reply, err)
 		}
+	}
+	if st.odd != nil || st.named {
+		// What a column could not hold may have become something that it can: the repair brings it there.
+		e.journal.leaveMarks(st.pick(lost), st.version)
+		lost = nil
 	}
 	r.strike(ctx, st, lost) // before the locks go, if there was nothing to commit
 	st.tx.Rollback()
@@ -907,7 +976,7 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 	h := hold{st.number, st.token, st.epoch}
 	on := e.store.Uncertain(err) || e.store.gone(err) && st.withoutStore()
 	for _, s := range g.states {
-		if s.now.Other && s.row.State != policy.Absent {
+		if s.now.Other && speaks(s.row) {
 			s.dirty, on = true, true // the string has become something else, which is in Redis already
 		}
 	}
@@ -929,6 +998,8 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 		return e.stats.unsure(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
 	case errors.Is(err, errTooLarge):
 		return (&refusal{"DENIED", fmt.Sprintf("the value would be larger than postgres.max_value allows for keys of route %s", st.route().Name)}).reply(nil)
+	case e.store.BadData(err) && st.judged():
+		return notJSON(columnOf(st.routes)).reply(nil)
 	case e.store.BadData(err):
 		return unavailable(st.route(), "postgres refused the value").reply(nil)
 	}
@@ -939,7 +1010,8 @@ var errTooLarge = errors.New("larger than postgres.max_value")
 
 // lockLost: somebody else took the lock of a captured key while the command ran.
 func (st *running) lockLost() bool {
-	return slices.ContainsFunc(st.after, func(k keyReply) bool { return k.code == keyRefused })
+	lost := func(k keyReply) bool { return k.code == keyRefused }
+	return slices.ContainsFunc(st.after, lost) || slices.ContainsFunc(st.left, lost)
 }
 
 // strike ends the marks of keys whose rows are gone.

@@ -120,8 +120,12 @@ func (s *Server) appendInfo(b []byte) []byte {
 	line("proxy_fences", st.Proxy.Fences)
 	line("proxy_numbers_lifted", st.Proxy.NumbersLifted)
 	for i, r := range st.Routes {
-		line(fmt.Sprintf("route%d", i), fmt.Sprintf("name=%s,phase=%s,redis_hits=%d,jsonb_hits=%d,cache_misses=%d,writes=%d,refused=%d",
-			r.Name, r.Phase, r.RedisHits, r.JSONBHits, r.CacheMisses, r.Writes, r.Refused))
+		text := fmt.Sprintf("name=%s,phase=%s,redis_hits=%d,jsonb_hits=%d,cache_misses=%d,writes=%d,refused=%d,no_row=%d,verify_checked=%d,verify_dropped=%d",
+			r.Name, r.Phase, r.RedisHits, r.JSONBHits, r.CacheMisses, r.Writes, r.Refused, r.NoRow, r.Verified, r.Unverified)
+		for _, kind := range slices.Sorted(maps.Keys(r.Mismatches)) {
+			text += fmt.Sprintf(",verify_%s=%d", kind, r.Mismatches[kind])
+		}
+		line(fmt.Sprintf("route%d", i), text)
 	}
 	return b
 }

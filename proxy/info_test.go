@@ -142,8 +142,8 @@ func TestInfoFields(t *testing.T) {
 		"proxy_version": "test", "proxy_connected_clients": "1", "proxy_draining": "0", "migration_phase": "mixed",
 		"redis_hits": "1", "jsonb_hits": "1", "cache_misses": "1", "redis_hit_rate": "0.333", "overall_hit_rate": "0.667",
 		"redis_status": "connected", "redis_status_reason": "", "postgres_status": "connected", "journal_redis_stale": "0", "journal_store_stale": "0",
-		"route0": "name=user,phase=phase1,redis_hits=1,jsonb_hits=1,cache_misses=1,writes=1,refused=0",
-		"route1": "name=a:b,phase=phase2,redis_hits=0,jsonb_hits=0,cache_misses=0,writes=0,refused=0",
+		"route0": "name=user,phase=phase1,redis_hits=1,jsonb_hits=1,cache_misses=1,writes=1,refused=0,no_row=0,verify_checked=0,verify_dropped=0,verify_missing=0,verify_ttl=0,verify_value=0",
+		"route1": "name=a:b,phase=phase2,redis_hits=0,jsonb_hits=0,cache_misses=0,writes=0,refused=0,no_row=0,verify_checked=0,verify_dropped=0,verify_missing=0,verify_ttl=0,verify_value=0",
 	} {
 		if got := field(text, name); got != want {
 			t.Errorf("%s is %q, want %q", name, got, want)

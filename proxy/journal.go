@@ -683,11 +683,14 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 			if !locked {
 				return 0, errOtherKeys
 			}
-			todo[ref.Key] = row.State != policy.Absent
+			todo[ref.Key] = speaks(row)
 		}
 	}
 	named := len(todo)
 	maps.DeleteFunc(todo, func(_ string, has bool) bool { return !has })
+	if err := j.dropRowless(ctx, tx, b.refs, there); err != nil {
+		return 0, err
+	}
 	marked := 0
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(todo)), maxRepair) {
 		// Both journals may name a key: with a row Postgres wins, so the mark goes too.
@@ -778,9 +781,9 @@ func (j *journal) repairMarks(ctx context.Context, refs []policy.Ref) (struck in
 	return struck, failed
 }
 
-// repairPart repairs some keys in one transaction. read: with their values, where rows are kept; without, the rows go: what is too large for a row, and came
-// into Redis without us, is Redis's alone.
-func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) (struck int, err error) {
+// repairPart repairs some keys in one transaction. read: with their values, where rows are kept; without, the rows go: what is too large for a row, or no JSON
+// for a column, and came into Redis without us, is Redis's alone.
+func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) (struck int, failed error) {
 	e := j.e
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
 	defer cancel()
@@ -829,16 +832,21 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 		if e.keepsRows(refs[i]) {
 			switch r.code {
 			case keyValue:
-				c.Op, c.Value = policy.Put, r.value
-				c.Expiry = e.rowLife(r.at)
+				if e.fitsRef(refs[i], r.value) { // else Redis alone holds it
+					c.Op, c.Value = policy.Put, r.value
+					c.Expiry = e.rowLife(r.at)
+				}
 			case keyDone:
 				c.Op = policy.Delete
 			}
 		}
+		if row.State == policy.NoRow {
+			c.Op = policy.Drop
+		}
 		if c.Op != policy.Drop {
 			copied++
 		}
-		if c.Op != policy.Drop || row.State != policy.Absent {
+		if c.Op != policy.Drop || speaks(row) {
 			changes = append(changes, c)
 		}
 		strike = append(strike, keys[i])
@@ -846,7 +854,19 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 	}
 	if len(changes) > 0 {
 		_, err := tx.Commit(ctx, changes, nil, nil, false)
-		if err != nil && e.store.BadData(err) {
+		switch {
+		case err == nil || !e.store.BadData(err):
+		case len(refs) > 1: // one of them, and each finds out by itself
+			tx.Rollback()
+			for i := range refs {
+				n, one := j.repairPart(ctx, refs[i:i+1], read)
+				struck, failed = struck+n, errors.Join(failed, one)
+			}
+			return struck, failed
+		case read && e.inColumn(refs[0]): // the gate let something pass that this server refuses as JSON
+			tx.Rollback()
+			return j.repairPart(ctx, refs, false)
+		default:
 			return 0, err // the next poll finds the mark again
 		}
 		if e.store.note("repair", err) != nil {

@@ -284,8 +284,24 @@ func (s *session) queue(sl *slot) bool {
 		return true
 	}
 	s.locate(sl)
+	if no := s.forbids(sl); no != nil {
+		s.tx.dirty = true
+		s.answerClear(sl, no)
+		return true
+	}
 	s.enqueue(sl, do)
 	return true
+}
+
+// forbids refuses a command of a transaction for what it says, as it would be alone, and with it the transaction: nothing of it has run.
+func (s *session) forbids(sl *slot) *refusal {
+	if r := s.unfit(sl); r != nil {
+		return notJSON(r)
+	}
+	if s.fences(sl) {
+		return s.keepsColumn(sl)
+	}
+	return nil
 }
 
 // enqueue gives Redis a command of the transaction. It counts when Redis has taken it.

@@ -95,8 +95,8 @@ func (s *Server) ownReply(args []string, proto int) []byte {
 		routes := s.e.router.Load().Routes()
 		b := appendArray(nil, len(routes))
 		for _, r := range routes {
-			b = appendBulk(b, fmt.Sprintf("%s match=%s phase=%s ttl=%s ttl_jitter=%g negative_ttl=%s on_unknown=%s write_policy=%s store=table",
-				r.Name, r.Match, r.Phase, r.TTL, r.Jitter, r.NegativeTTL, r.OnUnknown, r.WritePolicy))
+			b = appendBulk(b, fmt.Sprintf("%s match=%s phase=%s ttl=%s ttl_jitter=%g negative_ttl=%s on_unknown=%s write_policy=%s store=%s",
+				r.Name, r.Match, r.Phase, r.TTL, r.Jitter, r.NegativeTTL, r.OnUnknown, r.WritePolicy, storeWord(&r)))
 		}
 		return b
 	case "EXPLAIN":
@@ -123,6 +123,14 @@ func (s *Server) ownReply(args []string, proto int) []byte {
 	default:
 		return lines(ownHelp, proto)
 	}
+}
+
+// storeWord is the kind of a route's store, as the configuration calls it.
+func storeWord(r *policy.Route) string {
+	if r.Column() {
+		return "column"
+	}
+	return "table"
 }
 
 func lines(ls []string, _ int) []byte {
@@ -196,11 +204,19 @@ func (s *Server) explain(key string) []string {
 		return []string{"route: none (" + why + ")", "reads: answered by Redis; the key passes through untouched", "redis: " + redisWords(c)}
 	}
 	rules := c.route.Phase.Rules()
+	noRow := c.row.State == policy.NoRow
+	goes := writeWords[rules.Write]
+	if noRow {
+		goes = "Redis only, because the key has no row"
+	}
 	out := []string{
 		fmt.Sprintf("route: %s (match %s)", c.route.Name, c.route.Match),
-		fmt.Sprintf("phase: %s (writes go to: %s)", c.route.Phase, writeWords[rules.Write]),
+		fmt.Sprintf("phase: %s (writes go to: %s)", c.route.Phase, goes),
 		"redis: " + redisWords(c),
-		"store: " + storeWords(c, rules),
+		"store: " + placeWords(c.route) + storeWords(c, rules),
+	}
+	if noRow {
+		out = append(out, "note: Redis alone holds this key; once the row is inserted, the next write in phase0 or phase1 brings the value into its column")
 	}
 	if c.staleRedis {
 		out = append(out, "journal: the copy in Redis is stale; repair pending")
@@ -212,7 +228,7 @@ func (s *Server) explain(key string) []string {
 	switch {
 	case !rules.ReadsStore && c.redisErr != nil:
 		who = "nobody: Redis cannot be asked and this phase does not read the store"
-	case rules.ReadsRedis && c.redisErr == nil && !c.staleRedis && c.redis.Exists:
+	case (rules.ReadsRedis || noRow) && c.redisErr == nil && !c.staleRedis && c.redis.Exists:
 		who = "redis: it has the key"
 	case !rules.ReadsStore:
 	case c.rowErr != nil:
@@ -245,12 +261,31 @@ func storeWords(c copies, rules policy.Rules) string {
 		return "not connected in this phase"
 	case c.rowErr != nil:
 		return "cannot be asked"
+	case c.row.State == policy.Tombstone && c.route.Column():
+		return "nothing (the row is there, and its column is NULL or has expired)"
 	case c.row.State == policy.Tombstone:
 		return "deleted (remembered for the failover window)"
+	case c.row.State == policy.NoRow:
+		return "the table has no row for this key"
+	case c.row.State == policy.Absent && c.route.Column():
+		return "absent (the row is there, and its column was emptied because Redis has the key alone)"
 	case c.row.State == policy.Absent:
 		return "absent"
+	case c.route.Column():
+		return fmt.Sprintf("%d bytes as Postgres prints the JSON, %s", len(c.row.Value), ttlWords(c.row.TTL))
 	}
 	return fmt.Sprintf("%d bytes, %s", len(c.row.Value), ttlWords(c.row.TTL))
+}
+
+// placeWords begin what is said of the store of an adopted route; "" for the proxy's own table.
+func placeWords(r *policy.Route) string {
+	switch {
+	case !r.Column():
+		return ""
+	case r.Place == "":
+		return "an adopted column: "
+	}
+	return r.Place + ": "
 }
 
 func (s *Server) diff(key string) []string {
@@ -265,6 +300,10 @@ func (s *Server) diff(key string) []string {
 	}
 	inRedis, inStore := c.redis.Exists, c.row.State == policy.Live
 	switch {
+	case c.row.State == policy.NoRow && inRedis:
+		return []string{"only in redis, and nowhere else to be: the table has no row for this key; redis " + redisWords(c)}
+	case c.row.State == policy.NoRow:
+		return []string{"same: absent in redis, and the table has no row for this key"}
 	case !inRedis && !inStore:
 		return []string{"same: absent in both"}
 	case inRedis && !inStore:
@@ -275,7 +314,7 @@ func (s *Server) diff(key string) []string {
 		return []string{"different type: redis holds a " + c.redis.OtherType}
 	}
 	var out []string
-	if !bytes.Equal(c.redis.Data, c.row.Value) {
+	if !same(c.route, c.redis.Data, c.row.Value) {
 		at := 0
 		for at < min(len(c.redis.Data), len(c.row.Value)) && c.redis.Data[at] == c.row.Value[at] {
 			at++
@@ -284,6 +323,9 @@ func (s *Server) diff(key string) []string {
 	}
 	if ends := s.e.clocks.toRedis(c.row.ExpiresAt); (c.redis.ExpireAt < 0) != (ends < 0) || abs(c.redis.ExpireAt-ends) > 10 {
 		out = append(out, "different life: redis "+ttlWords(c.redis.TTL)+", store "+ttlWords(c.row.TTL))
+	}
+	if out == nil && !bytes.Equal(c.redis.Data, c.row.Value) {
+		return []string{fmt.Sprintf("same as JSON: redis %d bytes, store %d bytes as Postgres prints it, %s", len(c.redis.Data), len(c.row.Value), ttlWords(c.redis.TTL))}
 	}
 	if out == nil {
 		return []string{fmt.Sprintf("same: %d bytes, %s", len(c.redis.Data), ttlWords(c.redis.TTL))}
@@ -399,12 +441,16 @@ type StoreStats struct {
 
 // RouteStats is one route's share.
 type RouteStats struct {
-	Name     string `json:"name"`
-	Match    string `json:"match"`
-	Phase    string `json:"phase"`
-	Negative int64  `json:"negative_hits"` // those of cache_misses for which the store was not asked
-	Writes   int64  `json:"writes"`
-	Refused  int64  `json:"refused"`
+	Name       string           `json:"name"`
+	Match      string           `json:"match"`
+	Phase      string           `json:"phase"`
+	Negative   int64            `json:"negative_hits"` // those of cache_misses for which the store was not asked
+	Writes     int64            `json:"writes"`
+	Refused    int64            `json:"refused"`
+	NoRow      int64            `json:"no_row"`            // of writes, those of keys that have no row in the route's column: Redis alone has them
+	Verified   int64            `json:"verify_checked"`    // hits whose two copies were compared
+	Unverified int64            `json:"verify_dropped"`    // those that were drawn and could not be
+	Mismatches map[string]int64 `json:"verify_mismatches"` // by kind
 	Performance
 }
 
@@ -469,7 +515,8 @@ func (s *Server) Figures() Stats {
 	for i, r := range routes {
 		c := e.stats.route(r.Name)
 		negative := c.negative.Load()
-		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(),
+		rs := RouteStats{Name: r.Name, Match: r.Match, Phase: r.Phase.String(), Negative: negative, Writes: c.writes.Load(), Refused: c.refused.Load(), NoRow: c.noRow.Load(),
+			Verified: c.verified.Load(), Unverified: c.unverified.Load(), Mismatches: c.mismatched(),
 			Performance: newPerformance(c.redisHits.Load(), c.jsonbHits.Load(), c.misses.Load()+negative)}
 		sum.RedisHits += rs.RedisHits
 		sum.JSONBHits += rs.JSONBHits

@@ -18,7 +18,7 @@ func isRefusal(reply []byte) bool {
 		return false
 	}
 	switch string(errorCode(reply)) {
-	case "UNAVAILABLE", "UNCERTAIN", "DENIED":
+	case "UNAVAILABLE", "UNCERTAIN", "DENIED", "NOTJSON":
 		return true
 	}
 	return false

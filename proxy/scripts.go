@@ -175,7 +175,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptInvalidate: step 2 of a write in phase0 and phase1. ARGV: number, token, lease ms, then per key its row: "0" none, "1" live,
-	// "t" tombstone. A key that holds no string stays unless a live row speaks against it: a tombstone only says that the string
+	// "t" tombstone, "j" live and to be told what Redis had. A key that holds no string stays unless a live row speaks against it: a tombstone only says that the string
 	// is gone, and a list may have been made since. A number that is there already is another writer's: Postgres gave it twice, having forgotten it in a crash.
 	scriptInvalidate = newScript("invalidate", `
 local n = tonumber(ARGV[1])
@@ -191,13 +191,14 @@ for i = 2, #KEYS, 2 do
     if row == '0' and ty == 'string' then
       put(L, n, ARGV[2], tonumber(ARGV[3]))
       r[#r+1] = {7, redis.call('GET', K), ends(K)}
-    elseif row ~= '1' and ty ~= 'string' and ty ~= 'none' then
+    elseif row ~= '1' and row ~= 'j' and ty ~= 'string' and ty ~= 'none' then
       put(L, n, ARGV[2], tonumber(ARGV[3]))
       r[#r+1] = {6, ty, ends(K)}
     else
+      local had = row == 'j' and ty == 'string' and redis.call('GET', K)
       if ty ~= 'none' then redis.call('UNLINK', K) end
       put(L, n, ARGV[2], tonumber(ARGV[3]))
-      r[#r+1] = {1}
+      if had then r[#r+1] = {1, had} else r[#r+1] = {1} end
     end
   end
 end
@@ -278,7 +279,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptWrite: a write whose truth is Redis: mark, write, overtake the lease; all keys or none.
-	// ARGV: number (0: without the key lock), version, lease ms, then per key op ("s" set, "d" delete, "x" leave),
+	// ARGV: number (0: without the key lock), version ("": no mark), lease ms, then per key op ("s" set, "d" delete, "x" leave),
 	// value, ms, absolute, expected ("" any, "=" plus value, "!" absent, "t" plus token: the lease is the caller's), and with the two that compare
 	// what K was, its mark and number then. The value alone does not tell whether somebody has written meanwhile:
 	//
@@ -310,7 +311,7 @@ for i = 2, #KEYS, 2 do
   local a = 4 + (i/2 - 1) * 7
   local f = get(L)
   if n > f then f = n end
-  redis.call('HSET', J, K, ARGV[2])
+  if ARGV[2] ~= '' then redis.call('HSET', J, K, ARGV[2]) end
   if ARGV[a] == 's' then set(K, ARGV[a+1], ARGV[a+2], ARGV[a+3])
   elseif ARGV[a] == 'd' then redis.call('UNLINK', K) end
   put(L, f, 'o', tonumber(ARGV[3]))

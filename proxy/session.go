@@ -536,6 +536,12 @@ func (s *session) keyed(sl *slot) {
 		s.plain(sl)
 		return
 	}
+	if sl.class != policy.ReadThrough {
+		if r := s.unfit(sl); r != nil {
+			s.answerClear(sl, notJSON(r))
+			return
+		}
+	}
 	switch sl.class {
 	case policy.ReadThrough:
 		if s.tracks(sl) {
@@ -1008,6 +1014,9 @@ func (s *session) readReply(sl *slot, frame []byte) {
 	}
 	if !lacks(sl.args, frame) {
 		s.count(sl, fromRedis)
+		if share := s.e.shadow.share.Load(); share != 0 && len(frame) < largeReply {
+			s.sample(sl, share)
+		}
 		s.finish(sl, frame)
 		return
 	}
@@ -1098,6 +1107,9 @@ func (s *session) compose(sl *slot) {
 		values[i] = strcmd.Value{Exists: a.exists, Other: a.other != "", OtherType: a.other, Data: a.value, TTL: a.ttl, ExpireAt: a.expiresAt}
 		if r := sl.routes[i]; r != nil {
 			s.e.stats.route(r.Name).read(a.from)
+			if share := s.e.shadow.share.Load(); share != 0 && a.from == fromRedis && r.Phase.Rules().UsesStore && len(a.value) < largeReply {
+				s.e.shadow.take(share, r, sl.args[sl.keys[i].Arg])
+			}
 		}
 	}
 	reply, _ := strcmd.Eval(sl.reply_[:0], sl.args, values, strcmd.Env{NowMS: time.Now().UnixMilli(), Proto: s.proto}, nil)
@@ -1344,7 +1356,7 @@ func (s *session) loadRunMirror(sl *slot) {
 	}
 	sl.write = true
 	s.begin(sl)
-	op := &runOp{raw: sl.raw, proto: s.proto}
+	op := &runOp{raw: sl.raw, proto: s.proto, source: s.source(sl)}
 	for i, k := range sl.keys {
 		if r := sl.routes[i]; r != nil && r.Phase.Rules().UsesStore {
 			op.add(policy.Ref{Route: r.Name, Key: string(sl.args[k.Arg])}, r, k.Write)

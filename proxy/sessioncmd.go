@@ -582,6 +582,10 @@ func (s *session) flush(sl *slot) {
 		s.forward(sl)
 		return
 	}
+	if no := s.keepsColumn(sl); no != nil {
+		s.answerClear(sl, no)
+		return
+	}
 	raw := bytes.Clone(sl.raw)
 	s.async(sl, func() []byte { return s.e.flush(raw) })
 }

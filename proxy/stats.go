@@ -38,7 +38,10 @@ func (c cause) String() string {
 
 // routeStat is one route's reads and writes. A miss that was remembered is in negative, and not in misses.
 type routeStat struct {
-	redisHits, jsonbHits, misses, negative, writes, refused atomic.Int64
+	redisHits, jsonbHits, misses, negative, writes, refused, noRow atomic.Int64
+
+	verified, unverified atomic.Int64 // hits that were compared, and those that could not be
+	mismatches           [mismatches]atomic.Int64
 }
 
 func newCounters() *counters {
@@ -86,4 +89,13 @@ func (s *routeStat) read(from source) {
 	default:
 		s.misses.Add(1)
 	}
+}
+
+// mismatched tells how many keys differed, by how.
+func (s *routeStat) mismatched() map[string]int64 {
+	out := map[string]int64{}
+	for i := range s.mismatches {
+		out[mismatch(i).String()] = s.mismatches[i].Load()
+	}
+	return out
 }

@@ -37,6 +37,9 @@ type Store interface {
 	// whether they were not already.
 	Lift(ctx context.Context, above int64) (lifted bool, err error)
 
+	// JSON tells whether a value can be stored as jsonb.
+	JSON(value []byte) bool
+
 	// Questions about errors of the above.
 	Unavailable(err error) bool // the store cannot be reached or cannot work
 	Uncertain(err error) bool   // a Commit may or may not have happened

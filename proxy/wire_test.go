@@ -67,6 +67,7 @@ type sidecarOptions struct {
 	routes   []policy.Route
 	change   func(*proxy.ServerConfig)
 	store    func(proxy.Store) proxy.Store // stands between the proxy and the store
+	columns  []fallback.Column
 	noWait   bool
 	// storeTimeout is for values so large that a busy machine needs longer than the default; 0: the default.
 	storeTimeout time.Duration
@@ -106,7 +107,7 @@ func (w *world) start(o sidecarOptions) *sidecar {
 	var fs *fallback.Store
 	if o.pgURL != "none" {
 		var err error
-		if fs, err = fallback.New(fallback.Config{URL: o.pgURL, Log: log, QueryTimeout: o.storeTimeout}); err != nil {
+		if fs, err = fallback.New(fallback.Config{URL: o.pgURL, Log: log, QueryTimeout: o.storeTimeout, Columns: o.columns}); err != nil {
 			t.Fatal(err)
 		}
 		if !o.noWait {

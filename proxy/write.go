@@ -291,8 +291,13 @@ type keyState struct {
 	wait   bool     // this key's commands begin again
 	failed *refusal // this key's commands are refused
 	redis  keyReply // what Redis said
-	on     bool     // written in Redis and marked, because the store went away
+	on     bool     // written in Redis: it is marked there, because the store went away, or no row can hold it
+	odd    bool     // Redis alone has it, and its row cannot: it came there without us, and is not JSON
+	stays  bool     // and it is that still
 }
+
+// alone: the store has no place for the key, or not for what it holds.
+func (s *keyState) alone() bool { return s.row.State == policy.NoRow || s.stays }
 
 // group indexes the keys of ops.
 type group struct {
@@ -356,8 +361,9 @@ type outcome struct {
 }
 
 // evaluate runs the commands of the group in order on the states. Commands on a key that waits are returned
-// in again; refused ones are answered at once. now is Redis's clock: the lives of what is written begin at this moment.
-func (g *group) evaluate(now int64, maxValue int) (done []outcome, again []*writeOp) {
+// in again; refused ones are answered at once. The lives of what is written begin at this moment of Redis's clock.
+func (g *group) evaluate(e *engine) (done []outcome, again []*writeOp) {
+	now := e.clocks.redisNow()
 	var values []strcmd.Value
 	var effects []strcmd.Effect
 next:
@@ -385,7 +391,7 @@ next:
 		}
 		o := outcome{op: op}
 		o.reply, effects = strcmd.Eval(nil, op.args, values, env, effects[:0])
-		if no := tooLarge(effects, op.routes, maxValue); no != nil {
+		if no := e.holds(effects, values, op.routes); no != nil {
 			op.refuse(no)
 			continue next
 		}
@@ -407,15 +413,24 @@ next:
 	return done, again
 }
 
-// tooLarge refuses what Postgres could hardly take in the time that it has. Such a value would be accepted by Redis alone, again and again be tried to be
+// holds refuses what the store cannot hold.
+//
+// What is too large Postgres could hardly take in the time that it has. Such a value would be accepted by Redis alone, again and again be tried to be
 // copied, and each time keep Redis, whose one thread has to hand it over, from everybody.
-func tooLarge(effects []strcmd.Effect, routes []*policy.Route, maxValue int) *refusal {
+func (e *engine) holds(effects []strcmd.Effect, values []strcmd.Value, routes []*policy.Route) *refusal {
 	for i, ef := range effects {
-		if ef.Op != strcmd.Put || len(ef.Data) <= maxValue {
+		if ef.Op != strcmd.Put {
 			continue
 		}
-		if routes[i].Phase.Rules().Write.KeepsRow() {
-			return &refusal{"DENIED", fmt.Sprintf("the value of %d bytes is larger than postgres.max_value allows for keys of route %s (%s)", len(ef.Data), routes[i].Name, routes[i].Phase)}
+		r := routes[i]
+		if len(ef.Data) > e.cfg.MaxValue && r.Phase.Rules().Write.KeepsRow() {
+			return &refusal{"DENIED", fmt.Sprintf("the value of %d bytes is larger than postgres.max_value allows for keys of route %s (%s)", len(ef.Data), r.Name, r.Phase)}
+		}
+		if !r.Column() || values[i].Exists && !values[i].Other && bytes.Equal(ef.Data, values[i].Data) {
+			continue // EXPIRE and its kin leave the value, whatever it is
+		}
+		if !e.fits(r, ef.Data) {
+			return notJSON(r)
 		}
 	}
 	return nil
@@ -501,7 +516,11 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 	if !lost {
 		argv := []string{number, h.token, leaseMS}
 		for _, s := range g.states {
-			argv = append(argv, rowFlag(s.row))
+			flag := rowFlag(s.row)
+			if s.row.State == policy.Live && s.route.Column() && g.needs(s) {
+				flag = "j"
+			}
+			argv = append(argv, flag)
 		}
 		if rs, err = e.up.script(ctx, scriptInvalidate, g.keys(), argv...); err != nil {
 			lost = true
@@ -520,7 +539,15 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		case keyMarked:
 			s.wait = true
 			marked = append(marked, s)
+		case keyDone:
+			if s.row.State == policy.Live {
+				s.now.Data = exact(s.route, s.row, rs[i])
+			}
 		case keyValue:
+			if s.odd = !s.alone() && !e.fits(s.route, rs[i].value); s.odd || s.alone() {
+				s.now = e.replyValue(rs[i])
+				break
+			}
 			// Redis was the only holder: the value goes into the row before anybody may delete it.
 			s.wait = true
 			adopted = append(adopted, policy.Change{Ref: s.ref, Op: policy.Put, Value: rs[i].value, Expiry: e.rowLife(rs[i].at)})
@@ -530,7 +557,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 			s.wait = true // another writer took the lock after this transaction had lost it
 		}
 	}
-	outcomes, again := g.evaluate(e.clocks.redisNow(), e.cfg.MaxValue)
+	outcomes, again := g.evaluate(e)
 	defer func() {
 		e.lift(ctx, tx, rs)
 		if len(marked) > 0 {
@@ -545,21 +572,26 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 	}()
 
 	// Step 3.
-	changes := adopted
-	var stale []policy.Ref
 	for _, s := range g.states {
-		if !s.dirty {
+		s.stays = s.odd && s.dirty && s.now.Exists && !e.fits(s.route, s.now.Data)
+	}
+	changes := adopted
+	var stale, odd []policy.Ref
+	for _, s := range g.states {
+		if !s.dirty || s.alone() {
 			continue
 		}
 		switch {
 		case s.now.Exists:
 			changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Put, Value: s.now.Data, Expiry: e.rowLife(s.now.ExpireAt)})
-		case s.row.State == policy.Absent && !lost:
+		case s.row.State == policy.Absent && !lost && !s.odd:
 			continue // it was in neither store, or it is not a string: no row speaks for it
 		default:
 			changes = append(changes, policy.Change{Ref: s.ref, Op: policy.Delete})
 		}
-		stale = append(stale, s.ref)
+		if stale = append(stale, s.ref); s.odd {
+			odd = append(odd, s.ref)
+		}
 	}
 	if time.Since(began) > leaseSafe && !lost {
 		// The leases may lapse before the COMMIT: a reader could promote the old row after it. Nothing has changed yet.
@@ -567,16 +599,60 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		again = append(again, opsOf(outcomes)...)
 		return
 	}
+	if alone := g.alone(); len(alone) > 0 {
+		done, err := w.writeAlone(ctx, tx, g, alone, h)
+		switch {
+		case err != nil:
+			e.redisFailed(err)
+			touched, rest := g.touching(outcomes)
+			w.redisRefused(opsOf(touched), err, true)
+			again = append(again, opsOf(rest)...)
+			return
+		case !done:
+			w.putBack(ctx, g.states, h)
+			again = append(again, opsOf(outcomes)...)
+			return
+		}
+		e.countNoRow(g, outcomes)
+		outcomes = g.finishAlone(outcomes)
+	}
 	var intent int64
-	var journaled []policy.Ref
 	var known []int64
+	journaled := odd // it is in Redis until step 4
 	if lost {
-		journaled, known = stale, e.journal.entriesOf(stale)
+		journaled = stale
+	}
+	if len(journaled) > 0 {
+		known = e.journal.entriesOf(journaled)
 	}
 	if len(changes) > 0 {
 		intent, err = tx.Commit(ctx, changes, journaled, known, rawOnly)
 		switch {
 		case err == nil:
+		case g.wroteAlone() && !e.store.Uncertain(err):
+			// They are not to be run again.
+			touched, rest := g.touching(outcomes)
+			e.store.note("commit", err) //nolint:errcheck // answered here
+			w.putBack(ctx, g.states, h)
+			for _, o := range touched {
+				o.op.refuse(e.stats.unsure(o.op.routes[0], "postgres refused the transaction, and what concerns keys without a row has been done"))
+			}
+			again = append(again, opsOf(rest)...)
+			return
+		case e.store.BadData(err) && !rawOnly && g.hasColumn():
+			// The gate let something pass that this server refuses as JSON: each command finds out by itself whether it is the one.
+			w.putBack(ctx, g.states, h)
+			tx.Rollback()
+			whole := slices.Concat(again, opsOf(outcomes))
+			again = nil
+			if len(whole) == 1 {
+				whole[0].refuse(notJSON(columnOf(whole[0].routes)))
+				return
+			}
+			for _, op := range whole {
+				w.storeFirst(ctx, []*writeOp{op}, false)
+			}
+			return
 		case e.store.BadData(err) && !rawOnly:
 			// The gate let something pass that this server refuses as JSON. The bytes are kept all the same.
 			e.stats.rawOnly.Add(1)
@@ -625,7 +701,7 @@ func (e *engine) journalStale(ctx context.Context, g *group) bool {
 	var refs, stale []policy.Ref
 	var states []*keyState
 	for _, s := range g.states {
-		if s.dirty && !s.wait {
+		if s.dirty && !s.wait && !s.alone() {
 			refs, states = append(refs, s.ref), append(states, s)
 		}
 	}
@@ -658,7 +734,7 @@ func (e *engine) journalStale(ctx context.Context, g *group) bool {
 // left: row is what the write has left, by all one can tell. It may have expired since, and then reads as if somebody had deleted it.
 func (s *keyState) left(row policy.Row, now int64) bool {
 	if s.now.Exists && row.State == policy.Live {
-		return bytes.Equal(row.Value, s.now.Data)
+		return same(s.route, s.now.Data, row.Value)
 	}
 	expired := s.now.ExpireAt >= 0 && s.now.ExpireAt <= now+clockSlack
 	return (!s.now.Exists || expired) && row.State == policy.Tombstone
@@ -671,7 +747,7 @@ const clockSlack = 1000
 func (e *engine) onlyInRedis(g *group, op *writeOp) bool {
 	for _, ref := range op.keys {
 		s := g.states[g.at[ref.Key]]
-		if s.dirty && !s.now.Exists && s.redis.code == keyOther && s.row.State != policy.Live {
+		if s.dirty && !s.on && !s.now.Exists && s.redis.code == keyOther && s.row.State != policy.Live {
 			return true
 		}
 	}
@@ -680,12 +756,14 @@ func (e *engine) onlyInRedis(g *group, op *writeOp) bool {
 
 // rowFlag tells scriptInvalidate what the store has.
 func rowFlag(row policy.Row) string {
-	return [...]string{policy.Absent: "0", policy.Live: "1", policy.Tombstone: "t"}[row.State]
+	return [...]string{policy.Absent: "0", policy.Live: "1", policy.Tombstone: "t", policy.NoRow: "0"}[row.State]
 }
 
 // withoutRedis decides what may be assumed of a key while Redis cannot be asked.
 func (s *keyState) withoutRedis(e *engine, g *group) {
 	switch {
+	case s.alone():
+		s.failed = noRow(s.route)
 	case s.route.WritePolicy == policy.WriteBothStores && s.route.Phase.Rules().RedisDownWrite == policy.ToStoreAndJournal:
 		s.failed = unavailable(s.route, "write_policy both: redis cannot be reached")
 	case !g.needs(s):
@@ -745,7 +823,7 @@ func (w *writer) putBack(ctx context.Context, states []*keyState, h hold) {
 	for _, s := range states {
 		if s.row.State == policy.Live && s.redis.code == keyDone && s.route.Phase.Rules().Write == policy.WriteBoth {
 			back = append(back, s.ref.Key)
-			argv = append(argv, string(s.row.Value), strconv.FormatInt(e.clocks.toRedis(s.row.ExpiresAt), 10))
+			argv = append(argv, string(exact(s.route, s.row, s.redis)), strconv.FormatInt(e.clocks.toRedis(s.row.ExpiresAt), 10))
 		} else if s.redis.code != keyRefused && s.redis.code != keyMarked {
 			free = append(free, s.ref.Key)
 		}
@@ -783,6 +861,7 @@ func (w *writer) writeOn(ctx context.Context, g *group, h hold) {
 		switch {
 		case !s.dirty:
 			same = append(same, s)
+		case s.alone(): // done, or not to be done
 		case !s.wait && s.route.Phase.Rules().Write == policy.WriteBoth && !e.journal.staleRedis(s.ref.Key):
 			dirty = append(dirty, s)
 		}
@@ -874,11 +953,12 @@ func (w *writer) fill(ctx context.Context, g *group, h hold) bool {
 	var states []*keyState
 	argv := []string{h.number, h.token, leaseMS}
 	for _, s := range g.states {
-		if s.wait || s.redis.code == keyRefused {
+		if s.wait || s.redis.code == keyRefused || s.alone() && s.on {
 			continue
 		}
 		op, ms, abs, value := "x", "-1", "0", ""
 		switch {
+		case s.alone(), s.odd && !s.dirty: // it never left
 		case s.route.Phase.Rules().Write == policy.WriteStoreOnly:
 			if s.dirty && (s.row.State == policy.Live || s.now.Exists || s.redis.code == keyOther) {
 				op = "n"
@@ -886,7 +966,7 @@ func (w *writer) fill(ctx context.Context, g *group, h hold) bool {
 		case s.now.Exists && !s.now.Other:
 			op, value = "s", string(s.now.Data)
 			ms, abs = s.redisLife()
-		case s.redis.code == keyOther && s.dirty:
+		case (s.redis.code == keyOther || s.odd) && s.dirty:
 			op = "d"
 		}
 		keys, states = append(keys, s.ref.Key), append(states, s)
@@ -1035,7 +1115,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			s.fromRedis(e, g, locked)
 		}
 	}
-	outcomes, again := g.evaluate(e.clocks.redisNow(), e.cfg.MaxValue)
+	outcomes, again := g.evaluate(e)
 	defer func() {
 		e.lift(ctx, tx, rs)
 		w.again(again)
@@ -1070,10 +1150,11 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		keys = append(keys, s.ref.Key)
 		dirty = append(dirty, s.ref)
 		argv = append(argv, op, string(s.now.Data), ms, abs, want, s.redis.mark, strconv.FormatInt(s.redis.num, 10))
-		if s.row.State != policy.Absent {
+		if speaks(s.row) {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
 	}
+	named := locked && len(keys) > 0 && e.entryNames(ctx, tx, g.refs())
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
 		rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
@@ -1093,6 +1174,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			}
 		}
 	}
+	e.countNoRow(g, outcomes)
 	struck := len(keys) == 0
 	ok := true
 	if locked && len(keys) > 0 {
@@ -1102,7 +1184,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 				ok = false
 			}
 		}
-		if ok {
+		if ok && !named {
 			argv := []string{number}
 			for range keys {
 				argv = append(argv, version)
@@ -1211,8 +1293,11 @@ func (s *keyState) fromRedis(e *engine, g *group, locked bool) {
 		s.wait = true
 	case s.redis.code == keyOther && s.row.State != policy.Live:
 		// a list, say, made after the string was deleted
-	case row && s.redis.mark == "" && s.row.State != policy.Absent:
+	case row && s.redis.mark == "" && speaks(s.row):
 		s.now = e.rowValue(s.row) // not yet promoted, or Redis's copy is stale: the row is the truth
+		if s.now.Exists {
+			s.now.Data = exact(s.route, s.row, s.redis)
+		}
 	case row && s.row.State == policy.Live && s.redis.mark != "" && e.journal.staleRedis(s.ref.Key):
 		s.now = e.rowValue(s.row)
 	case !locked && absent && s.redis.mark == "" && g.needs(s):

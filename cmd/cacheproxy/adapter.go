@@ -71,19 +71,23 @@ func (s *store) Register(ctx context.Context, route, phase string) error {
 	return s.noted(s.Store.Register(ctx, route, phase))
 }
 
-// Codes of a database that answers and yet cannot be our store: the schema, a table or a right is missing.
+// Codes of a database that answers and yet cannot be our store: the schema, a table, a column or a right is missing.
 const (
 	codeNoTable  = "42P01"
 	codeNoSchema = "3F000"
 	codeNoRight  = "42501"
+	codeNoColumn = "42703"
 )
 
 func (s *store) Unavailable(err error) bool {
 	if s.Store.Unavailable(err) || fallback.ReadOnly(err) {
 		return true
 	}
+	if _, ok := errors.AsType[*fallback.ColumnError](err); ok {
+		return true
+	}
 	pg, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (pg.Code == codeNoTable || pg.Code == codeNoSchema || pg.Code == codeNoRight)
+	return ok && (pg.Code == codeNoTable || pg.Code == codeNoSchema || pg.Code == codeNoRight || pg.Code == codeNoColumn)
 }
 
 // tx tells its store what became of the commit.

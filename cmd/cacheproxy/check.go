@@ -274,4 +274,43 @@ func (r *report) postgres(ctx context.Context, cfg *config.Config) {
 	default:
 		r.ok("postgres", "schema cacheproxy: created")
 	}
+	if err == nil {
+		r.columns(ctx, s, cfg)
+	}
+}
+
+// columns judges the columns that belong to the application.
+func (r *report) columns(ctx context.Context, s *fallback.Store, cfg *config.Config) {
+	reports, err := s.CheckColumns(ctx)
+	if err != nil {
+		r.fail("postgres", "the columns cannot be checked: %s", reason(err))
+		return
+	}
+	stores := map[string]config.Store{}
+	for _, c := range cfg.ColumnRoutes() {
+		stores[c.Route] = c.Store
+	}
+	for _, c := range reports {
+		usable := true
+		for _, f := range c.Findings {
+			say := r.warn
+			if !f.Warning {
+				say, usable = r.fail, false
+			}
+			say("postgres", "route %s: %s; %s", c.Route, f.Problem, f.Remedy)
+		}
+		if !usable {
+			continue
+		}
+		r.ok("postgres", "route %s: column %s of %s", c.Route, stores[c.Route].ValueColumn, stores[c.Route].Table)
+		install := "cacheproxy schema --route " + c.Route + " | psql"
+		switch c.Trigger {
+		case fallback.TriggerInstalled:
+			r.ok("postgres", "route %s: changes that others make are recorded", c.Route)
+		case fallback.TriggerOutdated:
+			r.warn("postgres", "route %s: what records the changes that others make is outdated or incomplete; run: %s", c.Route, install)
+		default:
+			r.warn("postgres", "route %s: changes that others make are not recorded, and Redis is not told of them; run: %s", c.Route, install)
+		}
+	}
 }

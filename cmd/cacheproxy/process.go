@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"reflect"
 	"strings"
 	"sync"
 	"time"
@@ -88,6 +89,7 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 			StoreTimeout: cfg.Postgres.Timeout,
 			MaxValue:     int(cfg.Postgres.MaxValue),
 			Window:       cfg.Redis.FailoverWindow,
+			Sample:       float64(cfg.Verify.Sample),
 			Instance:     p.instance,
 			Log:          log,
 		},
@@ -114,8 +116,20 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 func newFallback(cfg *config.Config, log *zap.Logger) (*fallback.Store, error) {
 	return fallback.New(fallback.Config{
 		URL: cfg.Postgres.URL, MaxReads: cfg.Postgres.MaxReads, MaxWrites: cfg.Postgres.MaxWrites,
-		QueryTimeout: cfg.Postgres.Timeout, Window: cfg.Redis.FailoverWindow, Log: log,
+		QueryTimeout: cfg.Postgres.Timeout, Window: cfg.Redis.FailoverWindow, Log: log, Columns: columns(cfg),
 	})
+}
+
+// columns are the routes whose store is a column of the application's.
+func columns(cfg *config.Config) []fallback.Column {
+	var out []fallback.Column
+	for _, r := range cfg.ColumnRoutes() {
+		out = append(out, fallback.Column{
+			Route: r.Route, Table: r.Store.Table, Keys: r.Keys, Value: r.Store.ValueColumn,
+			Expires: r.Store.ExpiresColumn, Updated: r.Store.UpdatedColumn, Template: r.Template,
+		})
+	}
+	return out
 }
 
 // newInstance names this process among all sidecars of a fleet.
@@ -309,9 +323,15 @@ func (p *process) reload() error {
 				return err
 			}
 		}
-		if err := p.server.SetRoutes(next.PolicyRoutes()); err != nil {
+		undo, err := p.setColumns(next)
+		if err != nil {
 			return err
 		}
+		if err := p.server.SetRoutes(next.PolicyRoutes()); err != nil {
+			undo()
+			return err
+		}
+		p.server.SetSample(float64(next.Verify.Sample))
 		return p.server.SetDeny(next.Commands.Deny) // the last, as it cannot fail: next was checked
 	})
 	if err != nil {
@@ -323,6 +343,28 @@ func (p *process) reload() error {
 		p.log.Warn("changed settings take effect at the next start", zap.Strings("settings", keys))
 	}
 	return nil
+}
+
+// columnsTime bounds the look into the catalogue that a reload waits for.
+const columnsTime = 5 * time.Second
+
+// setColumns gives the store the columns of next, before a route can name one. Columns that cannot be used are refused.
+func (p *process) setColumns(next *config.Config) (undo func(), err error) {
+	now := columns(p.settings.current())
+	if p.store == nil || reflect.DeepEqual(now, columns(next)) {
+		return func() {}, nil
+	}
+	undo = func() { _ = p.store.db.SetColumns(now) } // they were accepted before
+	if err := p.store.db.SetColumns(columns(next)); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), columnsTime)
+	defer cancel()
+	if err := p.store.db.UseColumns(ctx); err != nil {
+		undo()
+		return nil, err
+	}
+	return undo, nil
 }
 
 // text is the configuration in force, without its secrets.
@@ -348,7 +390,15 @@ const (
 func (p *process) firstSchema(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, schemaFirst)
 	defer cancel()
-	return p.store.db.EnsureSchema(ctx)
+	return p.prepareStore(ctx)
+}
+
+// prepareStore makes the schema, and looks up the columns that belong to others.
+func (p *process) prepareStore(ctx context.Context) error {
+	if err := p.store.db.EnsureSchema(ctx); err != nil {
+		return err
+	}
+	return p.store.db.UseColumns(ctx)
 }
 
 // keepStore goes on until there is a schema, then keeps it clean until ctx ends. err is how the first attempt ended.
@@ -376,7 +426,7 @@ func (p *process) keepStore(ctx context.Context, err error) error {
 			return nil
 		case <-time.After(pause):
 		}
-		err = p.store.db.EnsureSchema(ctx)
+		err = p.prepareStore(ctx)
 	}
 	p.log.Info("the schema is ready")
 	return p.store.db.Run(ctx)
@@ -387,6 +437,17 @@ func (p *process) reportSchema(err error) {
 	if lacking, ok := errors.AsType[*fallback.SchemaError](err); ok {
 		p.log.Error("postgres lacks the schema, and this role may not make it; waiting until somebody has",
 			zap.String("run_once", lacking.Statement), zap.String("as", lacking.Who))
+		return
+	}
+	if bad, ok := errors.AsType[*fallback.ColumnError](err); ok {
+		for _, r := range bad.Reports {
+			for _, f := range r.Findings {
+				if !f.Warning {
+					p.log.Error("the column of a route cannot be used; waiting until somebody has mended it",
+						zap.String("route", r.Route), zap.String("problem", f.Problem), zap.String("remedy", f.Remedy))
+				}
+			}
+		}
 		return
 	}
 	if fallback.Unavailable(err) {

@@ -61,6 +61,7 @@ func (b store) Fence(ctx context.Context, scope string, during func(context.Cont
 
 func (b store) Lift(ctx context.Context, above int64) (bool, error) { return b.s.Lift(ctx, above) }
 
+func (b store) JSON(value []byte) bool     { return fallback.JSON(value) }
 func (b store) Unavailable(err error) bool { return fallback.Unavailable(err) }
 func (b store) Uncertain(err error) bool   { return fallback.Uncertain(err) }
 func (b store) BadData(err error) bool     { return fallback.BadData(err) }

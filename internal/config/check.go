@@ -167,20 +167,28 @@ func (l *loader) checkRoutes() {
 			names[r.Name] = i
 		}
 
+		column := r.Store.Kind == "column"
+		if column {
+			l.checkColumn(r, path)
+		} else {
+			l.checkTable(r.Store, path+".store")
+		}
 		first, taken := patterns[r.Match]
+		taken = taken && column == (l.cfg.Routes[first].Store.Kind == "column")
 		switch {
-		case !l.refuse(path+".match", l.checkMatch(r.Match, path)):
+		case !l.refuse(path+".match", l.checkMatch(r.Match, path, column)):
 		case taken:
 			l.reject(path+".match", fmt.Sprintf("routes[%d] above has the same pattern and wins", first), "remove one of the two routes")
 		case all >= 0:
 			l.reject(path+".match", fmt.Sprintf("can never match: routes[%d] above matches every key", all), "move this route above it")
 		default:
 			patterns[r.Match] = i
-			if strings.Trim(r.Match, "*") == "" {
+			if !column && strings.Trim(r.Match, "*") == "" {
 				all = i
 			}
 		}
 	}
+	l.checkColumnsOnce()
 	l.checkStoreNeeded()
 }
 
@@ -205,15 +213,17 @@ var placeholder = regexp.MustCompile(`\{[A-Za-z_]\w*\}`)
 
 // checkMatch checks the pattern of a route.
 //
-// Braces are literal, because Redis Cluster's hash tags are ({user1}:*). But a pattern with a
-// {placeholder} and nothing that varies matches one key only: it was meant for a column store.
-func (l *loader) checkMatch(pattern, route string) *mistake {
+// Braces are literal in a glob, because Redis Cluster's hash tags are ({user1}:*). But a glob with a
+// {placeholder} and nothing that varies matches one key only: it was meant for a column.
+func (l *loader) checkMatch(pattern, route string, column bool) *mistake {
 	if bad := checkPattern(pattern); bad != nil {
 		return bad
 	}
+	if column {
+		return nil // checkColumn has read it
+	}
 	if name := placeholder.FindString(pattern); name != "" && !globSpecial.MatchString(pattern) && !l.bad[route+".store.kind"] {
-		return &mistake{name + " would be a placeholder only with store: {kind: column}, which is " + notSupported,
-			"did you mean " + placeholder.ReplaceAllString(pattern, "*") + "?"}
+		return &mistake{name + " is a placeholder only with store: {kind: column}", "did you mean " + placeholder.ReplaceAllString(pattern, "*") + "?"}
 	}
 	return nil
 }

@@ -20,7 +20,6 @@ import "time"
 //
 //	yaml    the key
 //	words   the only texts it may be
-//	later   words that the design has and this version refuses
 //	min,max the bounds, in the notation of the setting, both inclusive
 //	secret  "text" or "url": what Redacted hides
 //	reload  "hot": a running proxy takes it over; see Diff
@@ -34,6 +33,7 @@ type Config struct {
 	Postgres Postgres `yaml:"postgres"`
 	Journal  Journal  `yaml:"journal"`
 	Breaker  Breaker  `yaml:"breaker"`
+	Verify   Verify   `yaml:"verify"`
 	Commands Commands `yaml:"commands"`
 	Log      Log      `yaml:"log"`
 	// Default is what a route gets for each rule that it does not state.
@@ -142,6 +142,12 @@ type Breaker struct {
 	ProbeMax time.Duration `yaml:"probe_max" min:"1ms" max:"10m"`
 }
 
+// Verify is the comparison of both copies while clients are served.
+type Verify struct {
+	// Sample is the share of hits whose copies are compared.
+	Sample Fraction `yaml:"sample" reload:"hot"`
+}
+
 // Commands says which commands clients may use.
 type Commands struct {
 	// Deny are the entries that policy.ParseDenyRule reads.
@@ -171,7 +177,7 @@ type Rules struct {
 // Route is a key pattern and the rules for its keys.
 type Route struct {
 	Name string `yaml:"name"`
-	// Match is a glob as in Redis's KEYS.
+	// Match is a glob as in Redis's KEYS, or, where the store is a column, a policy.Template.
 	Match string `yaml:"match"`
 	Rules `yaml:",inline"`
 	Store Store `yaml:"store"`
@@ -179,8 +185,18 @@ type Route struct {
 
 // Store is where a route's JSONB lives.
 type Store struct {
-	// Kind table is the proxy's own table, cacheproxy.entries.
-	Kind string `yaml:"kind" words:"table" later:"column"`
+	// Kind table is the proxy's own table, cacheproxy.entries; column is one that the application has, which the others name.
+	Kind string `yaml:"kind" words:"table column"`
+	// Table is schema.table, as policy.ParseTable reads it.
+	Table string `yaml:"table,omitempty"`
+	// KeyColumn is the column of the only placeholder; KeyColumns are those of several, by their names.
+	KeyColumn  string            `yaml:"key_column,omitempty"`
+	KeyColumns map[string]string `yaml:"key_columns,omitempty"`
+	// ValueColumn is the column of type jsonb.
+	ValueColumn string `yaml:"value_column,omitempty"`
+	// ExpiresColumn and UpdatedColumn are columns of type timestamptz; empty means that there is none.
+	ExpiresColumn string `yaml:"expires_column,omitempty"`
+	UpdatedColumn string `yaml:"updated_column,omitempty"`
 }
 
 // Defaults is the configuration without a file, an environment and flags, and the only place where

@@ -80,8 +80,30 @@ func TestManualsExampleWorks(t *testing.T) {
 	// Prose has one space behind the #, an example none or several.
 	example := regexp.MustCompile(`(?m)^#(\S|  )`).ReplaceAll(text, []byte("$1"))
 	c := mustLoad(t, write(t, string(example)), nil)
-	if len(c.Routes) != 2 || c.Routes[0].TTL != time.Hour || c.Routes[1].Phase != "phase2" {
+	if len(c.Routes) != 3 || c.Routes[0].TTL != time.Hour || c.Routes[1].Phase != "phase2" || c.Routes[2].Store.ValueColumn != "analytics_cache" {
 		t.Errorf("%+v", c.Routes)
+	}
+}
+
+func TestColumnRoutes(t *testing.T) {
+	c := mustLoad(t, write(t, `
+routes:
+  - {name: t, match: "r:{id}*"}
+  - name: one
+    match: "r:{id}"
+    store: {kind: column, table: '"my app".reports', key_column: id, value_column: v, expires_column: until}
+  - name: several
+    match: "u:{tenant}:{id}"
+    store: {kind: column, table: users, key_columns: {id: user_id, tenant: tenant_id}, value_column: v, updated_column: changed}
+`), nil)
+	got := c.ColumnRoutes()
+	if len(got) != 2 || got[0].Route != "one" || got[0].Keys[0] != "id" || got[0].Store.ExpiresColumn != "until" ||
+		!reflect.DeepEqual(got[1].Keys, []string{"tenant_id", "user_id"}) || got[1].Store.UpdatedColumn != "changed" {
+		t.Errorf("%+v", got)
+	}
+	routes := c.PolicyRoutes()
+	if routes[0].Column() || !routes[1].Column() || !reflect.DeepEqual(routes[2].Template.Names(), []string{"tenant", "id"}) {
+		t.Errorf("%+v", routes)
 	}
 }
 

@@ -15,18 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// notBuilt are settings that the design has and this version lacks: to know them and refuse them is
-// kinder than to call them unknown. The remedy says what does the same today.
-var notBuilt = map[string]string{
-	"verify.sample":               "use cacheproxy verify --sample",
-	"routes[].store.table":        useTable,
-	"routes[].store.key_column":   useTable,
-	"routes[].store.key_columns":  useTable,
-	"routes[].store.value_column": useTable,
-}
-
-const useTable = "use store: {kind: table}, the proxy's own table"
-
+// notSupported is said of what the design has and this version lacks: to know it and refuse it is kinder than to call it unknown.
 const notSupported = "not supported by this version"
 
 // readFile decodes the file's text over the defaults. The routes stay behind in l.routes until the
@@ -116,9 +105,8 @@ func (l *loader) mapping(n *yaml.Node, v reflect.Value, path string) {
 		}
 		l.field(f, value, v.FieldByIndex(f.Index), at)
 	}
-	// Last, because what is said of them depends on the kind of store, which may stand below them.
 	for _, s := range strangers {
-		l.unknown(s[0], s[1], path, fields)
+		l.unknown(s[0], path, fields)
 	}
 }
 
@@ -129,6 +117,8 @@ func (l *loader) field(f reflect.StructField, value *yaml.Node, into reflect.Val
 		l.words(value, into, path)
 	case f.Type.Kind() == reflect.Slice:
 		l.routes = value
+	case f.Type.Kind() == reflect.Map:
+		l.names(value, into, path)
 	case f.Type.Kind() == reflect.Struct:
 		if value.Tag != "!!null" { // a section whose keys are all commented out
 			l.mapping(value, into, path)
@@ -169,6 +159,32 @@ func (l *loader) words(n *yaml.Node, into reflect.Value, path string) {
 	into.Set(reflect.ValueOf(list))
 }
 
+// names decodes a section whose keys the operator chooses.
+func (l *loader) names(n *yaml.Node, into reflect.Value, path string) {
+	l.origins[path] = l.at(n)
+	if n.Kind != yaml.MappingNode {
+		l.report(l.at(n), path, "is "+describe(n)+" and should be a section of keys", "write {name: column} with one for each placeholder")
+		l.bad[path] = true
+		return
+	}
+	out := map[string]string{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], resolve(n.Content[i+1])
+		at := join(path, key.Value)
+		if _, twice := out[key.Value]; twice {
+			l.report(l.at(key), at, "is set twice", "remove one")
+			continue
+		}
+		l.origins[at] = l.at(key)
+		if value.Kind != yaml.ScalarNode || value.Tag == "!!null" {
+			l.report(l.at(value), at, "is no name of a column", "write the column's name behind it")
+			l.bad[at] = true
+		}
+		out[key.Value] = value.Value
+	}
+	into.Set(reflect.ValueOf(out))
+}
+
 // assign parses one value into its field, or reports why it cannot be.
 func (l *loader) assign(f reflect.StructField, into reflect.Value, path string, s scalar, at origin) {
 	l.origins[path] = at
@@ -204,28 +220,11 @@ func (l *loader) decodeRoutes(n *yaml.Node) {
 	}
 }
 
-var index = regexp.MustCompile(`\[\d+\]`)
-
-// unknown reports a key that no setting has: as not built yet, as misspelt, as misplaced, or as
-// unknown altogether.
-func (l *loader) unknown(key, value *yaml.Node, path string, siblings map[string]reflect.StructField) {
+// unknown reports a key that no setting has: as misspelt, as misplaced, or as unknown altogether.
+func (l *loader) unknown(key *yaml.Node, path string, siblings map[string]reflect.StructField) {
 	full := join(path, key.Value)
 	if key.Value == "<<" {
 		l.report(l.at(key), full, "merge keys are not supported", "write the keys out; what routes share goes under default:")
-		return
-	}
-	general := index.ReplaceAllString(full, "[]")
-	if remedy, ok := notBuilt[general]; ok {
-		// The keys of a column store need no word of their own beside "kind: column".
-		if !l.bad[join(path, "kind")] {
-			l.report(l.at(key), full, notSupported, remedy)
-		}
-		return
-	}
-	if value.Kind == yaml.MappingNode && len(value.Content) > 0 && l.announced(general) {
-		for i := 0; i+1 < len(value.Content); i += 2 {
-			l.unknown(value.Content[i], resolve(value.Content[i+1]), full, nil)
-		}
 		return
 	}
 	remedy := "remove it; config.yaml of the distribution lists every setting"
@@ -235,16 +234,6 @@ func (l *loader) unknown(key, value *yaml.Node, path string, siblings map[string
 		remedy = "did you mean " + elsewhere + "?"
 	}
 	l.report(l.at(key), full, "unknown key", remedy)
-}
-
-// announced reports whether a setting below the section is known as not built yet.
-func (l *loader) announced(section string) bool {
-	for key := range notBuilt {
-		if strings.HasPrefix(key, section+".") {
-			return true
-		}
-	}
-	return false
 }
 
 // elsewhere returns the only setting of that name, wherever it is, or "".

@@ -159,8 +159,8 @@ routes:
 	shared := Rules{Phase: "phase1", TTL: 90 * time.Second, TTLJitter: 0.25, OnUnknown: "miss", WritePolicy: "any"}
 	own := Rules{Phase: "phase3", TTLJitter: 0.5, OnUnknown: "error", WritePolicy: "both"}
 	want := []Route{
-		{Name: "inherits", Match: "a:*", Rules: shared, Store: Store{"table"}},
-		{Name: "states", Match: "{tag}:*", Rules: own, Store: Store{"table"}},
+		{Name: "inherits", Match: "a:*", Rules: shared, Store: Store{Kind: "table"}},
+		{Name: "states", Match: "{tag}:*", Rules: own, Store: Store{Kind: "table"}},
 	}
 	if !reflect.DeepEqual(c.Routes, want) {
 		t.Errorf("routes\n%+v\nwant\n%+v", c.Routes, want)

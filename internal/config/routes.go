@@ -12,6 +12,8 @@ func (c *Config) PolicyRoutes() []policy.Route {
 		routes[i] = policy.Route{
 			Name:        r.Name,
 			Match:       r.Match,
+			Template:    r.template(),
+			Place:       r.place(),
 			Phase:       phase,
 			TTL:         r.TTL,
 			Jitter:      float64(r.TTLJitter),

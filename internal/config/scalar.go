@@ -243,9 +243,6 @@ func parseText(f reflect.StructField, text string) (string, *mistake) {
 	if slices.Contains(words, text) {
 		return text, nil
 	}
-	if slices.Contains(strings.Fields(f.Tag.Get("later")), text) {
-		return "", &mistake{text + " is " + notSupported, "use " + anyOf(words)}
-	}
 	remedy := "write " + anyOf(words)
 	if w := didYouMean(text, words); w != "" {
 		remedy = fmt.Sprintf("did you mean %s? (%s)", w, anyOf(words))

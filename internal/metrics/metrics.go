@@ -80,6 +80,10 @@ var (
 	reads     = counter("reads_total", "Reads of keys of a route, by what they found and where.", "route", "outcome", "source")
 	writes    = counter("writes_total", "Writes of keys of a route.", "route")
 	refused   = counter("refused_total", "Commands on keys of a route that were answered with a refusal of the proxy's own.", "route")
+	noRow     = counter("no_row_total", "Writes of keys that have no row in the column of their route, and went to Redis alone.", "route")
+	checked   = counter("verify_checked_total", "Hits whose two copies were compared, of the share that verify.sample names.", "route")
+	unchecked = counter("verify_dropped_total", "Hits that were to be compared and could not be: a store was down, too many waited, or the key was written again and again.", "route")
+	differed  = counter("verify_mismatches_total", "Hits whose two copies differed for longer than a write or a repair takes.", "route", "kind")
 	shed      = counter("shed_total", "Reads and writes that were refused because too many were waiting.")
 	uncertain = counter("uncertain_total", "Commands that were answered with -UNCERTAIN: they may have run.")
 	rawOnly   = counter("stored_raw_only_total", "Writes that Postgres refused as JSON and took as bytes.")
@@ -133,6 +137,12 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(reads, r.Negative, r.Name, "negative", "none")
 		count(writes, r.Writes, r.Name)
 		count(refused, r.Refused, r.Name)
+		count(noRow, r.NoRow, r.Name)
+		count(checked, r.Verified, r.Name)
+		count(unchecked, r.Unverified, r.Name)
+		for kind, n := range r.Mismatches {
+			count(differed, n, r.Name, kind)
+		}
 	}
 	count(shed, s.Proxy.Shed)
 	count(uncertain, s.Proxy.Uncertain)

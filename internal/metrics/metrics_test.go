@@ -27,7 +27,8 @@ var figures = still{
 	Redis:    proxy.RedisStats{Status: "recovering", SinceSeconds: 3, Opens: 2, Errors: map[string]int64{"timeout": 4, "oom": 0}},
 	Postgres: proxy.StoreStats{Status: "unused"},
 	Routes: []proxy.RouteStats{
-		{Name: "a:b \"c\"\n", Phase: "phase1", Negative: 1, Writes: 7, Refused: 8, Performance: proxy.Performance{RedisHits: 4, JSONBHits: 5, CacheMisses: 3}},
+		{Name: "a:b \"c\"\n", Phase: "phase1", Negative: 1, Writes: 7, Refused: 8, NoRow: 25, Verified: 26, Unverified: 27,
+			Mismatches: map[string]int64{"missing": 28, "ttl": 0}, Performance: proxy.Performance{RedisHits: 4, JSONBHits: 5, CacheMisses: 3}},
 		{Name: "user", Phase: "phase2"},
 	},
 	Journal: proxy.JournalStats{
@@ -71,6 +72,8 @@ cacheproxy_journal_oldest_seconds{journal="store_stale"} 1.5
 cacheproxy_journal_repairs_total{cause="both_stale"} 1
 cacheproxy_journal_repairs_total{cause="restart"} 9
 cacheproxy_lost_leases_total 19
+cacheproxy_no_row_total{route="a:b \"c\"\n"} 25
+cacheproxy_no_row_total{route="user"} 0
 cacheproxy_numbers_lifted_total 23
 cacheproxy_promotions_total{result="failed"} 18
 cacheproxy_promotions_total{result="ok"} 16
@@ -93,6 +96,12 @@ cacheproxy_shed_total 20
 cacheproxy_stored_raw_only_total 24
 cacheproxy_uncertain_total 21
 cacheproxy_upstream_up{upstream="redis"} 0
+cacheproxy_verify_checked_total{route="a:b \"c\"\n"} 26
+cacheproxy_verify_checked_total{route="user"} 0
+cacheproxy_verify_dropped_total{route="a:b \"c\"\n"} 27
+cacheproxy_verify_dropped_total{route="user"} 0
+cacheproxy_verify_mismatches_total{kind="missing",route="a:b \"c\"\n"} 28
+cacheproxy_verify_mismatches_total{kind="ttl",route="a:b \"c\"\n"} 0
 cacheproxy_writes_total{route="a:b \"c\"\n"} 7
 cacheproxy_writes_total{route="user"} 0
 `
