@@ -30,14 +30,16 @@ const changeKeys = 100
 // earlier one has not struck the later. It becomes visible with the change itself, and voids what meta says of the value before.
 //
 // The functions run with the rights of their owner, so that whoever changes the table needs none; their search_path is fixed.
+// To compile their expressions would take longer than to run them: for 20,000 rows 0.4 s, of 0.7.
 const triggerSQL = `-- Records changes of {table}.{value} that are not made through cacheproxy, for the route {name}.
 -- Run it as a superuser, or as a role that owns the table and may create in the schema cacheproxy. It may be repeated.
 -- To remove it: DROP FUNCTION cacheproxy.{function} CASCADE;
 BEGIN;
+SET LOCAL client_min_messages = warning;
 SET LOCAL lock_timeout = '5s'; -- the triggers wait for statements on the table, and others wait behind them
 
 CREATE OR REPLACE FUNCTION cacheproxy.{function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off
 AS $cacheproxy${body}$cacheproxy$;
 
 DROP TRIGGER IF EXISTS {insert} ON {table};
