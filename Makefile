@@ -14,10 +14,14 @@ MODEL        ?= 10m
 # The name under which `make bench` writes, and QUICK=1 for its short form.
 BENCH_NAME   ?= latest
 QUICK        ?=
+# What the image says it is, and the time of everything in it: the commit's, so that who builds it again gets the same bytes.
+VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+REVISION     ?= $(shell git rev-parse HEAD 2>/dev/null)
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test clients soak chaos model bench compare lint fuzz deps clean
+.PHONY: help run build image test clients soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +31,9 @@ run: deps build ## start a private Redis and Postgres and the proxy in front of 
 
 build: ## build bin/cacheproxy, a static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/cacheproxy ./cmd/cacheproxy
+
+image: ## build the container image for amd64 and arm64 in dist/image, without a container engine
+	cd tools/image && SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(GO) run . -version '$(VERSION)' -revision '$(REVISION)'
 
 # Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
 # because a pipe in a POSIX shell answers with the code of its last command. The model explores in one goroutine, where the
