@@ -21,7 +21,7 @@ SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build image test clients soak chaos model bench compare lint fuzz deps clean
+.PHONY: help run build image test clients k8s soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ clients: ## run real Redis clients, of Go and other languages, through the built
 	@sh scripts/install-deps.sh clients
 	cd test/clients && $(GO) test -count=1 -parallel=8 -timeout=5m .
 
+# A module of its own, as the clients.
+k8s: ## render and check deploy/k8s, and run the pod of its demo without a cluster
+	@sh scripts/install-deps.sh
+	cd test/deploy && $(GO) test -count=1 -timeout=10m ./k8s
+
 # Alone, for it wants all of the machine.
 soak: ## run 200 clients with random lives through the built proxy for SOAK, such as 1h
 	@sh scripts/install-deps.sh
@@ -86,7 +91,10 @@ compare: ## put two results of `make bench` beside each other: BEFORE=name, and 
 
 lint: ## run golangci-lint in the version that tools/go.mod pins
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
-	cd test/clients && $(GO) tool -modfile=../../tools/go.mod golangci-lint run ./...
+	@for module in test/clients test/deploy tools/image; do \
+		echo "golangci-lint in $$module"; \
+		(cd $$module && $(GO) tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run ./...) || exit 1; \
+	done
 
 fuzz: deps ## run every fuzz target for FUZZTIME
 	@pkgs=$$($(GO) list ./...) || exit 1; \
