@@ -21,7 +21,7 @@ SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build image test clients k8s soak chaos model bench compare lint fuzz deps clean
+.PHONY: help run build image test clients k8s compose soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ clients: ## run real Redis clients, of Go and other languages, through the built
 k8s: ## render and check deploy/k8s, and run the pod of its demo without a cluster
 	@sh scripts/install-deps.sh
 	cd test/deploy && $(GO) test -count=1 -timeout=10m ./k8s
+
+compose: ## check deploy/compose, and run what it says without containers
+	@sh scripts/install-deps.sh
+	cd test/deploy && $(GO) test -count=1 -timeout=10m ./compose
 
 # Alone, for it wants all of the machine.
 soak: ## run 200 clients with random lives through the built proxy for SOAK, such as 1h
