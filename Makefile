@@ -24,7 +24,7 @@ COVERED      := policy fallback proxy
 .PHONY: help run build image test clients k8s compose soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: deps build ## start a private Redis and Postgres and the proxy in front of them
 	@bin/cacheproxy dev
