@@ -146,6 +146,31 @@ func TestCompose(t *testing.T) {
 	}
 }
 
+// What the README says to type first makes the secrets that the file asks for.
+func TestSecretsOfREADME(t *testing.T) {
+	readme, err := os.ReadFile(filepath.Join(folder, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(readme), "```sh\n")
+	block, _, _ = strings.Cut(block, "```")
+	dir := copied(t)
+	cmd := exec.Command("sh", "-e", "-c", block)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	p, err := load(dir, "compose.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, s := range p.Secrets {
+		if text, err := os.ReadFile(s.File); err != nil || len(strings.TrimSpace(string(text))) < 32 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // Each of these is a mistake that somebody could make, and is found.
 func TestWrongVariants(t *testing.T) {
 	for _, c := range []struct{ name, old, new, says string }{

@@ -56,7 +56,7 @@ func TestDemo(t *testing.T) {
 }
 
 // theirs is a workload of somebody else, as they have it.
-func theirs(kind, extra string) string {
+func theirs(kind string) string {
 	api, restart := "apps/v1", ""
 	spec := "selector: {matchLabels: {app: shop}}\n  "
 	switch kind {
@@ -80,7 +80,7 @@ spec:
       containers:
         - {name: shop, image: shop, securityContext: *s, volumeMounts: [{name: work, mountPath: /work}]}
       volumes: [{name: work, emptyDir: {}}]
-` + extra
+`
 }
 
 const around = `
@@ -99,7 +99,7 @@ generatorOptions: {disableNameSuffixHash: true}
 func TestSidecarForOthers(t *testing.T) {
 	for _, kind := range []string{"Deployment", "StatefulSet", "DaemonSet", "Job"} {
 		t.Run(kind, func(t *testing.T) {
-			text, err := overlay(t, around, map[string]string{"shop.yaml": theirs(kind, "")})
+			text, err := overlay(t, around, map[string]string{"shop.yaml": theirs(kind)})
 			s, problems := judged(t, text, err)
 			if len(problems) > 0 {
 				t.Fatalf("%s\n%s", strings.Join(problems, "\n"), text)
@@ -118,7 +118,7 @@ func TestSidecarForOthers(t *testing.T) {
 		})
 	}
 	t.Run("without the label", func(t *testing.T) {
-		text, err := overlay(t, around, map[string]string{"shop.yaml": strings.Replace(theirs("Deployment", ""), "inject: enabled", "inject: disabled", 1)})
+		text, err := overlay(t, around, map[string]string{"shop.yaml": strings.Replace(theirs("Deployment"), "inject: enabled", "inject: disabled", 1)})
 		s, problems := judged(t, text, err)
 		if len(s.workloads) != 1 || len(s.workloads[0].pod.Spec.InitContainers) != 1 {
 			t.Errorf("%v\n%s", problems, text)
@@ -128,6 +128,34 @@ func TestSidecarForOthers(t *testing.T) {
 			t.Errorf("problems %q", problems)
 		}
 	})
+}
+
+// The kustomization that the README tells to write is one that works, with its Secret made by hand.
+func TestREADME(t *testing.T) {
+	readme, err := os.ReadFile(filepath.Join(manifests, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(readme), "```yaml\n")
+	block, _, ok := strings.Cut(block, "```")
+	if !ok {
+		t.Fatal("the README has no kustomization")
+	}
+	block = lab.Replace(t, strings.ReplaceAll(block, "\n   ", "\n"), "path/to/deploy/k8s", "BASE")
+	config, err := os.ReadFile(filepath.Join(manifests, "base", "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := overlay(t, strings.TrimPrefix(block, "   "), map[string]string{"deployment.yaml": theirs("Deployment"), "config.yaml": string(config)})
+	s, problems := judged(t, text, err)
+	if !slices.Equal(problems, []string{"shop: there is no Secret cacheproxy"}) || len(s.monitors) != 1 || s.configMaps["cacheproxy"].Data["config.yaml"] != string(config) {
+		t.Errorf("%q\n%s", problems, text)
+	}
+	for name := range demo(t).secrets["cacheproxy"].Data {
+		if !strings.Contains(string(readme), "--from-file="+name) {
+			t.Errorf("the Secret of the README has no %s", name)
+		}
+	}
 }
 
 // Each of these is a mistake that somebody could make in an overlay, or we in ours, and is found.
