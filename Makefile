@@ -14,19 +14,26 @@ MODEL        ?= 10m
 # The name under which `make bench` writes, and QUICK=1 for its short form.
 BENCH_NAME   ?= latest
 QUICK        ?=
+# What the image says it is, and the time of everything in it: the commit's, so that who builds it again gets the same bytes.
+VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+REVISION     ?= $(shell git rev-parse HEAD 2>/dev/null)
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test clients soak chaos model bench compare lint fuzz deps clean
+.PHONY: help run build image test clients k8s compose soak chaos model bench compare lint fuzz deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: deps build ## start a private Redis and Postgres and the proxy in front of them
 	@bin/cacheproxy dev
 
 build: ## build bin/cacheproxy, a static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/cacheproxy ./cmd/cacheproxy
+
+image: ## build the container image for amd64 and arm64 in dist/image, without a container engine
+	cd tools/image && SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(GO) run . -version '$(VERSION)' -revision '$(REVISION)'
 
 # Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
 # because a pipe in a POSIX shell answers with the code of its last command. The model explores in one goroutine, where the
@@ -54,6 +61,15 @@ clients: ## run real Redis clients, of Go and other languages, through the built
 	@sh scripts/install-deps.sh clients
 	cd test/clients && $(GO) test -count=1 -parallel=8 -timeout=5m .
 
+# A module of its own, as the clients.
+k8s: ## render and check deploy/k8s, and run the pod of its demo without a cluster
+	@sh scripts/install-deps.sh
+	cd test/deploy && $(GO) test -count=1 -timeout=10m ./k8s
+
+compose: ## check deploy/compose, and run what it says without containers
+	@sh scripts/install-deps.sh
+	cd test/deploy && $(GO) test -count=1 -timeout=10m ./compose
+
 # Alone, for it wants all of the machine.
 soak: ## run 200 clients with random lives through the built proxy for SOAK, such as 1h
 	@sh scripts/install-deps.sh
@@ -79,7 +95,10 @@ compare: ## put two results of `make bench` beside each other: BEFORE=name, and 
 
 lint: ## run golangci-lint in the version that tools/go.mod pins
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
-	cd test/clients && $(GO) tool -modfile=../../tools/go.mod golangci-lint run ./...
+	@for module in test/clients test/deploy tools/image; do \
+		echo "golangci-lint in $$module"; \
+		(cd $$module && $(GO) tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run ./...) || exit 1; \
+	done
 
 fuzz: deps ## run every fuzz target for FUZZTIME
 	@pkgs=$$($(GO) list ./...) || exit 1; \

@@ -187,3 +187,32 @@ func checkPostgresURL(raw string) *mistake {
 	}
 	return nil
 }
+
+// credentials are a URL taken apart around the password.
+type credentials struct {
+	scheme, user, rest string // rest begins behind the @
+	hasPassword        bool
+}
+
+// splitURL takes apart a URL that checkRedisURL or checkPostgresURL has let pass.
+func splitURL(raw string) (c credentials) {
+	c.scheme, c.rest, _ = strings.Cut(raw, "://")
+	if i := strings.IndexAny(c.rest, "@/?"); i >= 0 && c.rest[i] == '@' {
+		c.user, c.rest = c.rest[:i], c.rest[i+1:]
+		c.user, _, c.hasPassword = strings.Cut(c.user, ":")
+	}
+	return c
+}
+
+// with is the URL with this password.
+func (c credentials) with(password string) string {
+	return c.scheme + "://" + c.user + url.UserPassword("", password).String() + "@" + c.rest
+}
+
+// without is the URL with none.
+func (c credentials) without() string {
+	if c.user == "" {
+		return c.scheme + "://" + c.rest
+	}
+	return c.scheme + "://" + c.user + "@" + c.rest
+}

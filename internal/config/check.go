@@ -99,13 +99,39 @@ func (l *loader) checkPassword() {
 		l.reject("listen.password_file", "is set together with listen.password", "set one of them")
 		return
 	}
-	text, err := readBounded(c.PasswordFile)
+	c.Password = l.readPassword("listen.password_file", c.PasswordFile)
+}
+
+// readPassword is the first line of a file that a setting names, or "" with a problem reported.
+func (l *loader) readPassword(key, path string) string {
+	text, err := readBounded(path)
 	if err != nil {
-		l.reject("listen.password_file", "the file cannot be read: "+reason(err), "name an existing file that this user may read")
+		l.reject(key, "the file cannot be read: "+reason(err), "name an existing file that this user may read")
+		return ""
+	}
+	password := firstLine(text)
+	if password == "" {
+		l.reject(key, "the first line of the file is empty", "write the password there, or remove the setting")
+	}
+	return password
+}
+
+// fillPassword puts the password of a file into the URL of a store, so that whoever connects needs to know of one setting only.
+func (l *loader) fillPassword(store string, raw *string, path string) {
+	key := store + ".password_file"
+	if path == "" || l.bad[store+".url"] {
 		return
 	}
-	if c.Password = firstLine(text); c.Password == "" {
-		l.reject("listen.password_file", "the first line of the file is empty", "write the password there, or remove the setting")
+	u := splitURL(*raw)
+	switch {
+	case u.hasPassword:
+		l.reject(key, "is set, but "+store+".url has a password", "leave one of them out")
+	case u.user == "" && store == "postgres":
+		l.reject(key, "is set, but postgres.url names no user", "write postgres://user@host:5432/database")
+	default:
+		if password := l.readPassword(key, path); password != "" {
+			*raw = u.with(password)
+		}
 	}
 }
 
@@ -123,8 +149,10 @@ func (l *loader) checkStores() {
 	if r.ManageMemory && r.MaxMemory == 0 && !l.bad["redis.max_memory"] {
 		l.reject("redis.manage_memory", "is true without redis.max_memory", "set redis.max_memory, for instance 512mb")
 	}
-	if l.cfg.Postgres.URL != "" {
-		l.refuse("postgres.url", checkPostgresURL(l.cfg.Postgres.URL))
+	l.fillPassword("redis", &l.cfg.Redis.URL, r.PasswordFile)
+	if p := &l.cfg.Postgres; p.URL != "" {
+		l.refuse("postgres.url", checkPostgresURL(p.URL))
+		l.fillPassword("postgres", &p.URL, p.PasswordFile)
 	}
 }
 

@@ -97,6 +97,8 @@ type Health struct {
 type Redis struct {
 	// URL is what redis.ParseURL of go-redis understands: redis://, rediss:// or unix://.
 	URL string `yaml:"url" secret:"url"`
+	// PasswordFile holds the password that URL then leaves out; Load puts it there.
+	PasswordFile string `yaml:"password_file"`
 	// Timeout is the one bounded wait that a dead Redis costs a client.
 	Timeout     time.Duration `yaml:"timeout" min:"1ms" max:"1m" unit:"ms"`
 	DialTimeout time.Duration `yaml:"dial_timeout" min:"1ms" max:"1m"`
@@ -123,10 +125,12 @@ type RedisTLS struct {
 // Postgres is the way to the store.
 type Postgres struct {
 	// URL is postgres://…; empty is allowed only if no route is in a phase that has a store.
-	URL       string        `yaml:"url" secret:"url"`
-	Timeout   time.Duration `yaml:"timeout" min:"1ms" max:"10m"`
-	MaxReads  int           `yaml:"max_reads" min:"1" max:"1000"`
-	MaxWrites int           `yaml:"max_writes" min:"1" max:"1000"`
+	URL string `yaml:"url" secret:"url"`
+	// PasswordFile holds the password that URL then leaves out; Load puts it there.
+	PasswordFile string        `yaml:"password_file"`
+	Timeout      time.Duration `yaml:"timeout" min:"1ms" max:"10m"`
+	MaxReads     int           `yaml:"max_reads" min:"1" max:"1000"`
+	MaxWrites    int           `yaml:"max_writes" min:"1" max:"1000"`
 	// MaxValue bounds the value of a key that has a copy here.
 	MaxValue Size `yaml:"max_value" min:"1MiB" max:"512MiB"`
 }

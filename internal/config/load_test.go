@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -11,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -93,6 +96,32 @@ func TestMistakes(t *testing.T) {
 				t.Error("a password is printed")
 			}
 		})
+	}
+}
+
+// The password of a store may stand in a file; what it needs in a URL is escaped here and not by who writes it.
+func TestPasswordFiles(t *testing.T) {
+	password := write(t, "s:/@?#%&= ame\nsecond line\n")
+	for _, c := range []struct{ redis, postgres string }{
+		{"redis://127.0.0.1:6379/0", "postgres://app@127.0.0.1:5432/app"},
+		{"rediss://user@redis:6380/3?protocol=3", "postgres://app@a:1,b:2/app?sslmode=require&application_name=a@b"},
+		{"unix:///run/r.sock?db=2", "postgresql://app@/app?host=/run"},
+	} {
+		c2 := mustLoad(t, write(t, fmt.Sprintf("redis: {url: %q, password_file: %q}\npostgres: {url: %q, password_file: %q}\n", c.redis, password, c.postgres, password)), nil)
+		r, err := redis.ParseURL(c2.Redis.URL)
+		if err != nil || r.Password != "s:/@?#%&= ame" {
+			t.Errorf("%s: %q, %v", c.redis, r.Password, err)
+		}
+		if plain, _ := redis.ParseURL(c.redis); err == nil && (r.Username != plain.Username || r.Addr != plain.Addr || r.DB != plain.DB || r.Protocol != plain.Protocol) {
+			t.Errorf("%s: more than the password has changed: %s", c.redis, c2.Redis.URL)
+		}
+		p, err := pgx.ParseConfig(c2.Postgres.URL)
+		if err != nil || p.Password != "s:/@?#%&= ame" || p.User != "app" || p.Database != "app" {
+			t.Errorf("%s: %v, %+v", c.postgres, err, p)
+		}
+		if printed := c2.Redacted(); printed.Redis.URL != c.redis || printed.Postgres.URL != c.postgres {
+			t.Errorf("printed: %s, %s", printed.Redis.URL, printed.Postgres.URL)
+		}
 	}
 }
 

@@ -27,6 +27,12 @@ func (c *Config) Redacted() *Config {
 	if copied.Listen.PasswordFile != "" {
 		copied.Listen.Password = "" // it stands in the file
 	}
+	if copied.Redis.PasswordFile != "" {
+		copied.Redis.URL = splitURL(copied.Redis.URL).without()
+	}
+	if copied.Postgres.PasswordFile != "" {
+		copied.Postgres.URL = splitURL(copied.Postgres.URL).without()
+	}
 	return &copied
 }
 
