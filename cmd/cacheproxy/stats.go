@@ -114,25 +114,32 @@ func statsText(ctx context.Context, address string, raw bool) (string, error) {
 func ask(ctx context.Context, address, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, askBound)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
-	if err != nil {
-		return nil, errors.New("the observe address is not host:port")
+	code, body, err := request(ctx, http.MethodGet, address, path)
+	if err == nil && code != http.StatusOK {
+		err = fmt.Errorf("%s answered %s with status %d", address, path, code)
 	}
+	return body, err
+}
+
+// request asks an address of a proxy on this machine.
+func request(ctx context.Context, method, address, path string) (code int, body []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+address+path, nil)
+	if err != nil {
+		return 0, nil, errors.New("the address is not host:port")
+	}
+	req.Header.Set("X-Cacheproxy", "1") // what changes something is not for pages in a browser
 	// Of its own: the default one would obey HTTP_PROXY and keep the connection.
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("no cacheproxy answers on %s: %s", address, reason(err))
+		return 0, nil, fmt.Errorf("no cacheproxy answers on %s: %s", address, reason(err))
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, answerMax))
+	body, err = io.ReadAll(io.LimitReader(resp.Body, answerMax))
 	if err != nil {
-		return nil, fmt.Errorf("read the answer of %s: %s", address, reason(err))
+		return 0, nil, fmt.Errorf("read the answer of %s: %s", address, reason(err))
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s answered %s with status %d", address, path, resp.StatusCode)
-	}
-	return body, nil
+	return resp.StatusCode, body, nil
 }
 
 // statsTable is the statistics for people.
