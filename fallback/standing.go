@@ -72,7 +72,8 @@ type PhaseSeen struct {
 	Since, Seen time.Duration
 }
 
-// Standing reads what speaks for or against a change of a route's phase, with the keys of at most rows rows. It reads a bounded number of
+// Standing reads what speaks for or against a change of a route's phase, with the keys of at most rows rows, or with less than 0
+// without a look at the rows. It reads a bounded number of
 // rows however large the table is.
 func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing, error) {
 	var out Standing
@@ -88,12 +89,14 @@ func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing,
 			})
 			return err
 		})
-		b.Queue(longestSQL, route, longestLooked).QueryRow(func(r pgx.Row) error {
-			var micros int64
-			err := r.Scan(&micros)
-			out.Longest = time.Duration(micros) * time.Microsecond
-			return err
-		})
+		if rows >= 0 {
+			b.Queue(longestSQL, route, longestLooked).QueryRow(func(r pgx.Row) error {
+				var micros int64
+				err := r.Scan(&micros)
+				out.Longest = time.Duration(micros) * time.Microsecond
+				return err
+			})
+		}
 		if rows > 0 {
 			b.Queue(oldestSQL, route, rows, standingLooked).Query(func(r pgx.Rows) (err error) {
 				out.Keys, err = pgx.CollectRows(r, pgx.RowTo[string])

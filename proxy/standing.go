@@ -220,7 +220,10 @@ func (e *engine) standing(ctx context.Context, r *policy.Route, info map[string]
 	}
 	if e.usesStore() {
 		rows := 0
-		if r.Phase.Rules().ReadsStore && !r.Phase.Rules().Write.KeepsRow() {
+		switch rules := r.Phase.Rules(); {
+		case !rules.ReadsStore:
+			rows = -1
+		case !rules.Write.KeepsRow():
 			rows = standingRows
 		}
 		err := errStoreDown

@@ -30,7 +30,8 @@ type Store interface {
 	Forget(ctx context.Context, route, phase string) error
 	// Seen notes that routes[i] is still served in phases[i].
 	Seen(ctx context.Context, routes, phases []string) error
-	// Standing tells what the store knows about a route's phases and rows, and the keys of at most so many live rows.
+	// Standing tells what the store knows about a route's phases and rows, and the keys of at most so many live rows. With less than 0
+	// no row is looked at: there may be no table any more.
 	Standing(ctx context.Context, route string, rows int) (StoreStanding, error)
 	// ChangedSince pages through the keys of rows and tombstones changed at or after since (zero: all), after the key named.
 	ChangedSince(ctx context.Context, since time.Time, after string, limit int) ([]policy.Ref, error)
