@@ -424,7 +424,7 @@ func TestStatsWatch(t *testing.T) {
 	eventually(t, "it says that nobody answers", func() bool { return s.stdout.has("no cacheproxy answers") })
 	s.write(routes)
 	s.serve()
-	eventually(t, "it finds the proxy", func() bool { return s.stdout.has("REDIS HITS") })
+	eventually(t, "it finds the proxy", func() bool { return s.stdout.has("reads/s=") })
 	cancel()
 	if err := <-watched; err != nil {
 		t.Error(err)
