@@ -58,7 +58,7 @@ func TestPlanRemovalRefuses(t *testing.T) {
 		{"a sidecar in drain", `INSERT INTO cacheproxy.phases VALUES ('a', 'drain', now(), now() - interval '30 seconds')`, "in drain, which uses the store, 30s ago", `DELETE FROM cacheproxy.phases`},
 		{"a sidecar in phase2", `INSERT INTO cacheproxy.phases VALUES ('a', 'phase2', now(), now())`, "in phase2", `DELETE FROM cacheproxy.phases`},
 		{"the journal", `INSERT INTO cacheproxy.journal (keys, routes) VALUES ('{k,l}', '{b,a}')`, "the journal has 1 entries of the route", `DELETE FROM cacheproxy.journal`},
-		{"a view", `CREATE VIEW public.seen AS SELECT key FROM cacheproxy.entries`, "view seen depends on table cacheproxy.entries", `DROP VIEW public.seen`},
+		{"a view", `CREATE VIEW public.seen AS SELECT key FROM cacheproxy.entries`, "view seen depends on table ", `DROP VIEW public.seen`},
 	} {
 		execute(t, c, tt.before)
 		p := plan(t, s, Removal{Route: "a"})

