@@ -2,6 +2,8 @@ package fallback
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -246,19 +248,21 @@ JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
 WHERE n.nspname = $1::text AND c.relname = $2::text AND a.attname = $3::text AND d.deptype IN ('a', 'i')
 ORDER BY 1`
-	// Triggers that call a function of the proxy's schema are the proxy's own. One that is for certain columns is for this one.
+	// The triggers that call the route's function, wherever they are.
 	ownTriggersSQL = `
-SELECT t.tgname, p.proname, pg_get_function_identity_arguments(p.oid),
-       (SELECT count(*) FROM pg_catalog.pg_trigger o WHERE o.tgfoid = t.tgfoid) = 1
+SELECT t.tgname, tn.nspname, c.relname
 FROM pg_catalog.pg_trigger t
 JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_namespace tn ON tn.oid = c.relnamespace
 JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
-JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace AND pn.nspname = 'cacheproxy'
-JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = $3::text
-WHERE NOT t.tgisinternal AND n.nspname = $1::text AND c.relname = $2::text
-  AND (cardinality(t.tgattr::int2[]) = 0 OR a.attnum = ANY (t.tgattr::int2[]))
-ORDER BY t.tgname`
+JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
+WHERE NOT t.tgisinternal AND pn.nspname = 'cacheproxy' AND p.proname = $1::text
+ORDER BY 2, 3, 1`
+	functionThereSQL = `
+SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+               WHERE n.nspname = 'cacheproxy' AND p.proname = $1::text)`
+	// Changes of the column that the proxy did not make and has not told Redis of.
+	changesSQL   = `SELECT count(*) FROM cacheproxy.meta WHERE route = $1::text AND change IS NOT NULL`
 	metaBatchSQL = `
 DELETE FROM cacheproxy.meta
 WHERE (route, key) IN (SELECT m.route, m.key FROM cacheproxy.meta m WHERE m.route = $1::text LIMIT $2::bigint)`
@@ -276,27 +280,23 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 		return err
 	}
 	if meta {
+		var changes int
+		if err := q.QueryRow(ctx, changesSQL, r.Route).Scan(&changes); err != nil {
+			return err
+		}
+		if changes > 0 {
+			p.Against = append(p.Against, fmt.Sprintf("%d values of the column were changed by others since a sidecar last looked, and Redis lacks them: stop what writes the column, and go back to %s with one sidecar until they are repaired", changes, policy.Drain))
+		}
 		if err := q.QueryRow(ctx, `SELECT EXISTS (SELECT FROM cacheproxy.meta WHERE route = $1::text)`, r.Route).Scan(&meta); err != nil {
 			return err
 		}
 	}
 	if column {
-		rows, err := q.Query(ctx, ownTriggersSQL, c.Schema, c.Table, c.Column)
+		if err := p.triggers(ctx, q, trackFunction(r.Route)); err != nil {
+			return err
+		}
+		rows, err := q.Query(ctx, columnGoesSQL, c.Schema, c.Table, c.Column)
 		if err != nil {
-			return err
-		}
-		var trigger, function, arguments string
-		var alone bool
-		if _, err := pgx.ForEachRow(rows, []any{&trigger, &function, &arguments, &alone}, func() error {
-			p.first = append(p.first, "DROP TRIGGER "+pgx.Identifier{trigger}.Sanitize()+" ON "+p.table.Sanitize())
-			if alone {
-				p.first = append(p.first, "DROP FUNCTION "+pgx.Identifier{"cacheproxy", function}.Sanitize()+"("+arguments+")")
-			}
-			return nil
-		}); err != nil {
-			return err
-		}
-		if rows, err = q.Query(ctx, columnGoesSQL, c.Schema, c.Table, c.Column); err != nil {
 			return err
 		}
 		if p.Goes, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
@@ -313,6 +313,34 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 	}
 	p.Done = !column && !meta
 	return nil
+}
+
+// triggers plans for those that record what others change, and for their function.
+func (p *RemovalPlan) triggers(ctx context.Context, q querier, function string) error {
+	rows, err := q.Query(ctx, ownTriggersSQL, function)
+	if err != nil {
+		return err
+	}
+	var trigger, schema, table string
+	if _, err := pgx.ForEachRow(rows, []any{&trigger, &schema, &table}, func() error {
+		p.first = append(p.first, "DROP TRIGGER "+pgx.Identifier{trigger}.Sanitize()+" ON "+pgx.Identifier{schema, table}.Sanitize())
+		return nil
+	}); err != nil {
+		return err
+	}
+	var there bool
+	if err := q.QueryRow(ctx, functionThereSQL, function).Scan(&there); err != nil || !there {
+		return err
+	}
+	p.first = append(p.first, "DROP FUNCTION "+pgx.Identifier{"cacheproxy", function}.Sanitize()+"()")
+	return nil
+}
+
+// trackFunction is the name of the function that records what others change in the column of a route; see the SQL of
+// `cacheproxy schema --route`.
+func trackFunction(route string) string {
+	sum := sha256.Sum256([]byte(route))
+	return "track_" + hex.EncodeToString(sum[:6])
 }
 
 // literal is text as a string of SQL.

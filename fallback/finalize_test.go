@@ -196,10 +196,15 @@ func TestFinalizeColumn(t *testing.T) {
 	execute(t, c, `CREATE SCHEMA "my app"`)
 	execute(t, c, `CREATE TABLE "my app"."Reports" (id int PRIMARY KEY, cache jsonb, name text)`)
 	execute(t, c, `CREATE INDEX by_cache ON "my app"."Reports" ((cache ->> 'a'))`)
-	execute(t, c, `CREATE TABLE IF NOT EXISTS cacheproxy.meta (route text, key text, expires_at timestamptz, updated_at timestamptz, generation bigint, PRIMARY KEY (route, key))`)
-	execute(t, c, `INSERT INTO cacheproxy.meta (route, key) VALUES ('r', 'k'), ('q', 'k')`)
-	execute(t, c, `CREATE FUNCTION cacheproxy.changed() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'`)
-	execute(t, c, `CREATE TRIGGER changed AFTER UPDATE OF cache ON "my app"."Reports" FOR EACH ROW EXECUTE FUNCTION cacheproxy.changed()`)
+	execute(t, c, `CREATE TABLE IF NOT EXISTS cacheproxy.meta (route text, key text, expires_at timestamptz, updated_at timestamptz, generation bigint, change bigint, PRIMARY KEY (route, key))`)
+	execute(t, c, `INSERT INTO cacheproxy.meta (route, key, updated_at, generation) VALUES ('r', 'k', now(), 0), ('q', 'k', now(), 0)`)
+	own, other := trackFunction("r"), trackFunction("q")
+	for _, f := range []string{own, other} { // of two routes with columns of one table
+		execute(t, c, `CREATE FUNCTION cacheproxy.`+f+`() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`)
+		for _, op := range []string{"INSERT", "UPDATE"} {
+			execute(t, c, `CREATE TRIGGER `+f+`_`+op+` AFTER `+op+` ON "my app"."Reports" FOR EACH STATEMENT EXECUTE FUNCTION cacheproxy.`+f+`()`)
+		}
+	}
 	execute(t, c, `CREATE FUNCTION public.theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'`)
 	execute(t, c, `CREATE TRIGGER theirs AFTER UPDATE ON "my app"."Reports" FOR EACH ROW EXECUTE FUNCTION public.theirs()`)
 	r := Removal{Route: "r", Column: &AdoptedColumn{"my app", "Reports", "cache"}}
@@ -215,10 +220,17 @@ func TestFinalizeColumn(t *testing.T) {
 	}
 	execute(t, c, `ALTER TABLE "my app"."Reports" DROP COLUMN a`)
 
+	execute(t, c, `UPDATE cacheproxy.meta SET change = 7`)
+	if p := plan(t, s, r); len(p.Against) != 1 || !strings.Contains(p.Against[0], "1 values of the column were changed by others") {
+		t.Errorf("with changes of others: %+v", p)
+	}
+	execute(t, c, `UPDATE cacheproxy.meta SET change = NULL`)
+
 	p := plan(t, s, r)
 	want := []string{
-		`DROP TRIGGER "changed" ON "my app"."Reports";`,
-		`DROP FUNCTION "cacheproxy"."changed"();`,
+		`DROP TRIGGER "` + own + `_insert" ON "my app"."Reports";`,
+		`DROP TRIGGER "` + own + `_update" ON "my app"."Reports";`,
+		`DROP FUNCTION "cacheproxy"."` + own + `"();`,
 		`ALTER TABLE "my app"."Reports" DROP COLUMN "cache";`,
 		`DELETE FROM cacheproxy.meta WHERE route = 'r';`,
 	}
@@ -232,7 +244,7 @@ func TestFinalizeColumn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !there(t, c, `(SELECT array_agg(attname::text ORDER BY attnum) = '{id,name}' FROM pg_attribute WHERE attrelid = '"my app"."Reports"'::regclass AND attnum > 0 AND NOT attisdropped)
-		AND (SELECT array_agg(tgname::text) = '{theirs}' FROM pg_trigger WHERE NOT tgisinternal) AND (SELECT array_agg(route) = '{q}' FROM cacheproxy.meta)`) {
+		AND (SELECT count(*) = 3 AND bool_or(tgname = 'theirs') FROM pg_trigger WHERE NOT tgisinternal) AND to_regproc('cacheproxy.`+other+`') IS NOT NULL AND to_regproc('cacheproxy.`+own+`') IS NULL AND (SELECT array_agg(route) = '{q}' FROM cacheproxy.meta)`) {
 		t.Error("something else went, or not all")
 	}
 	if p := plan(t, s, r); !p.Done {
