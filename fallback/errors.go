@@ -21,6 +21,8 @@ const (
 	codeDeadlock              = "40P01"
 	codeLockNotAvailable      = "55P03"
 	codeFeatureNotSupported   = "0A000"
+	codeDependentObjects      = "2BP01"
+	codeUndefinedTable        = "42P01"
 	codeQueryCanceled         = "57014"
 	codeRaised                = "P0001"
 )
@@ -177,6 +179,18 @@ func outdatedPlan(pg *pgconn.PgError) bool {
 func ReadOnly(err error) bool {
 	pg := pgError(err)
 	return pg != nil && pg.Code == codeReadOnly
+}
+
+// Denied tells that the role of the URL may not do what was asked.
+func Denied(err error) bool {
+	pg := pgError(err)
+	return pg != nil && pg.Code == codeInsufficientPrivilege
+}
+
+// undefinedTable tells that a table is not there.
+func undefinedTable(err error) bool {
+	pg := pgError(err)
+	return pg != nil && pg.Code == codeUndefinedTable
 }
 
 // notSent tells that err happened before a single byte went to the server.

@@ -161,6 +161,8 @@ func (s *Store) Run(ctx context.Context) error {
 		switch {
 		case ctx.Err() != nil:
 			return nil
+		case undefinedTable(err):
+			// Finalize has dropped it: there is nothing to sweep. Whoever needs it finds that out himself.
 		case err != nil && !failing:
 			failing = true
 			s.cfg.Log.Warn("sweeping the store fails", zap.Error(err))

@@ -41,6 +41,22 @@ func ParsePhase(word string) (Phase, error) {
 // String returns the word for p that the configuration uses.
 func (p Phase) String() string { return enumWord("Phase", phaseWords[:], uint8(p)) }
 
+// MarshalText writes the word, for JSON.
+func (p Phase) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads a word.
+func (p *Phase) UnmarshalText(text []byte) (err error) {
+	*p, err = ParsePhase(string(text))
+	return err
+}
+
+var phaseMeanings = [...]string{
+	"Postgres alone", "both are written", "Redis is the primary", "Redis alone is read, rows are still deleted", "Redis alone",
+}
+
+// Meaning says in a few words what p is.
+func (p Phase) Meaning() string { return enumWord("Phase", phaseMeanings[:], uint8(p)) }
+
 func (p Phase) valid() bool { return int(p) < len(phaseWords) }
 
 // Adjacent reports whether a and b are exactly one step apart, so that sidecars in both may serve the same

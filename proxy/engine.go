@@ -103,6 +103,9 @@ func newEngine(cfg Config, store Store) (*engine, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, r := range router.Routes() {
+		e.stats.begin(r.Name)
+	}
 	e.router.Store(router)
 	breakRules(e)
 	return e, nil
@@ -125,6 +128,7 @@ func (e *engine) run(ctx context.Context) {
 	if e.usesStore() {
 		start(e.journal.run)
 		start(e.shadow.run)
+		start(e.beats)
 	}
 	e.wg.Wait()
 	e.generic.close()
@@ -350,6 +354,10 @@ func (noStore) Lock(context.Context, []policy.Ref) (Tx, error)           { retur
 func (noStore) Poll(context.Context, int64) (StorePoll, error)           { return StorePoll{}, errStoreDown }
 func (noStore) Register(context.Context, string, string) error           { return nil }
 func (noStore) Forget(context.Context, string, string) error             { return nil }
+func (noStore) Seen(context.Context, []string, []string) error           { return nil }
+func (noStore) Standing(context.Context, string, int) (StoreStanding, error) {
+	return StoreStanding{}, errStoreDown
+}
 func (noStore) ChangedSince(context.Context, time.Time, string, int) ([]policy.Ref, error) {
 	return nil, errStoreDown
 }

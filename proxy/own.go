@@ -27,7 +27,7 @@ var ownHelp = []string{
 	"JOURNAL",
 	"    The keys whose copies may differ, and what repairs them.",
 	"PHASE [<route> <phase>]",
-	"    Where each route stands; or move one a step, in this process, until the next reload.",
+	"    Where each route stands and what speaks against its next step; or move one a step, in this process, until it restarts.",
 	"RELOAD",
 	"    Read the configuration file again.",
 	"ROUTES",
@@ -84,13 +84,15 @@ func (s *Server) ownReply(args []string, proto int) []byte {
 			}
 			return []byte("+OK\r\n")
 		}
-		routes := s.e.router.Load().Routes()
-		b := appendMap(nil, len(routes), proto)
-		for _, r := range routes {
-			b = appendBulk(b, r.Name)
-			b = appendBulk(b, r.Phase.String())
+		standings, err := s.Standings(context.Background(), "")
+		if err != nil {
+			return appendError(nil, "ERR "+err.Error())
 		}
-		return b
+		var out []string
+		for i := range standings {
+			out = append(out, standings[i].Lines()...)
+		}
+		return lines(out, proto)
 	case "ROUTES":
 		routes := s.e.router.Load().Routes()
 		b := appendArray(nil, len(routes))

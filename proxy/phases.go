@@ -13,8 +13,9 @@ import (
 )
 
 // enter puts a router in place: what its phases need is done first, so that the other sidecars know and no row that a
-// phase without the store has missed is served again. before is the router in place, nil at the start of the process.
-func (e *engine) enter(ctx context.Context, before, next *policy.Router) error {
+// phase without the store has missed is served again. before is the router in place, nil at the start of the process. force leaves keys that
+// only Redis holds behind.
+func (e *engine) enter(ctx context.Context, before, next *policy.Router, force bool) error {
 	was := map[string]policy.Phase{}
 	if before != nil {
 		for _, r := range before.Routes() {
@@ -32,7 +33,7 @@ func (e *engine) enter(ctx context.Context, before, next *policy.Router) error {
 			}
 			continue
 		}
-		if known && old.Rules().ReadsRedis && !r.Phase.Rules().ReadsRedis {
+		if !force && known && old.Rules().ReadsRedis && !r.Phase.Rules().ReadsRedis {
 			if err := e.nothingOnlyInRedis(ctx, next, r.Name); err != nil {
 				return err
 			}
@@ -54,7 +55,11 @@ func (e *engine) enter(ctx context.Context, before, next *policy.Router) error {
 	}
 	e.router.Store(next)
 	for _, r := range next.Routes() {
-		if old, known := was[r.Name]; known && old != r.Phase {
+		old, known := was[r.Name]
+		if !known || old != r.Phase {
+			e.stats.begin(r.Name)
+		}
+		if known && old != r.Phase {
 			e.log.Info("phase changed", zap.String("route", r.Name), zap.Stringer("from", old), zap.Stringer("to", r.Phase))
 		}
 	}

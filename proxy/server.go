@@ -43,6 +43,8 @@ type ServerConfig struct {
 	Text func() string
 	// Reload answers "CACHEPROXY RELOAD". nil: not available.
 	Reload func() error
+	// Phases are the phases that the configuration names, by route. nil: it is not known.
+	Phases func() map[string]string
 	// Version answers "CACHEPROXY VERSION".
 	Version string
 }
@@ -536,6 +538,15 @@ func (s *Server) registerAll(ctx context.Context) {
 // registerWait: a Postgres that is well answers in milliseconds; one that is not must not keep the clients out.
 const registerWait = 500 * time.Millisecond
 
+// Phases are the phases in which the routes are served, by name.
+func (s *Server) Phases() map[string]policy.Phase {
+	out := map[string]policy.Phase{}
+	for _, r := range s.e.router.Load().Routes() {
+		out[r.Name] = r.Phase
+	}
+	return out
+}
+
 // SetRoutes replaces the routes. The phases of new routes are registered first.
 func (s *Server) SetRoutes(routes []policy.Route) error {
 	s.phases.Lock()
@@ -544,14 +555,20 @@ func (s *Server) SetRoutes(routes []policy.Route) error {
 	if err != nil {
 		return err
 	}
-	return s.swap(next)
+	return s.swap(next, false)
 }
 
 // ErrNoRoute says that no route has that name.
 var ErrNoRoute = errors.New("no such route")
 
 // SetPhase moves one route one step. Coming back from drain or phase3 fences the store: rows from before are dead.
-func (s *Server) SetPhase(name string, to policy.Phase) error {
+func (s *Server) SetPhase(name string, to policy.Phase) error { return s.setPhase(name, to, false) }
+
+// ForcePhase is SetPhase that goes back to a phase without Redis although keys are only there: they are not seen until the route
+// comes back.
+func (s *Server) ForcePhase(name string, to policy.Phase) error { return s.setPhase(name, to, true) }
+
+func (s *Server) setPhase(name string, to policy.Phase, force bool) error {
 	s.phases.Lock()
 	defer s.phases.Unlock()
 	router := s.e.router.Load()
@@ -566,14 +583,14 @@ func (s *Server) SetPhase(name string, to policy.Phase) error {
 		if err != nil {
 			return err
 		}
-		return s.swap(next)
+		return s.swap(next, force)
 	}
 	return ErrNoRoute
 }
 
 // swap puts a router in place. Caller holds phases.
-func (s *Server) swap(next *policy.Router) error {
+func (s *Server) swap(next *policy.Router, force bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*s.e.cfg.StoreTimeout)
 	defer cancel()
-	return s.e.enter(ctx, s.e.router.Load(), next)
+	return s.e.enter(ctx, s.e.router.Load(), next, force)
 }

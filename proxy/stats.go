@@ -15,6 +15,7 @@ type counters struct {
 	commands, unrouted, denied                      atomic.Int64
 	repairs                                         [causes]atomic.Int64 // keys
 	routes                                          sync.Map             // route's name: *routeStat; asked for every command, and hardly ever added to
+	began                                           sync.Map             // route's name: what stood here when it entered its phase
 	mu                                              sync.Mutex
 	redisErrors                                     map[outage]int64 // guarded by mu
 }

@@ -28,6 +28,11 @@ type Store interface {
 	Register(ctx context.Context, route, phase string) error
 	// Forget takes a registered phase back.
 	Forget(ctx context.Context, route, phase string) error
+	// Seen notes that routes[i] is still served in phases[i].
+	Seen(ctx context.Context, routes, phases []string) error
+	// Standing tells what the store knows about a route's phases and rows, and the keys of at most so many live rows. With less than 0
+	// no row is looked at: there may be no table any more.
+	Standing(ctx context.Context, route string, rows int) (StoreStanding, error)
 	// ChangedSince pages through the keys of rows and tombstones changed at or after since (zero: all), after the key named.
 	ChangedSince(ctx context.Context, since time.Time, after string, limit int) ([]policy.Ref, error)
 	// Fence makes all rows of scope (a route, or "" for all) dead, while during runs; nobody else writes meanwhile.
@@ -72,6 +77,19 @@ type StorePoll struct {
 	Intents []Intent  // oldest first
 	More    bool      // there are more than these
 	Phases  map[string][]string
+}
+
+// StoreStanding is what Store.Standing answers.
+type StoreStanding struct {
+	Phases  []PhaseSeen
+	Longest time.Duration // the longest life that a row of the route has left, as an upper bound; 0: none has an end
+	Keys    []string      // of rows that have not been written for the longest time
+}
+
+// PhaseSeen is a phase in which a route has been served: how long ago that was first said, and last.
+type PhaseSeen struct {
+	Phase       string
+	Since, Seen time.Duration
 }
 
 // Intent is one journal entry: Redis's copies of these keys are stale.

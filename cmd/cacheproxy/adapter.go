@@ -134,8 +134,20 @@ func (a admission) Identity() map[string]string {
 
 func (a admission) Reload() error { return a.p.reload() }
 
-func (a admission) SetPhase(route string, to policy.Phase) error {
-	err := a.p.server.SetPhase(route, to)
+func (a admission) Phases(ctx context.Context, route string) (any, error) {
+	out, err := a.p.server.Standings(ctx, route)
+	if errors.Is(err, proxy.ErrNoRoute) {
+		return nil, admin.ErrNoRoute
+	}
+	return out, err
+}
+
+func (a admission) SetPhase(route string, to policy.Phase, force bool) error {
+	move := a.p.server.SetPhase
+	if force {
+		move = a.p.server.ForcePhase
+	}
+	err := move(route, to)
 	if errors.Is(err, proxy.ErrNoRoute) {
 		return admin.ErrNoRoute
 	}

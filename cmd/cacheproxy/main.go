@@ -74,7 +74,7 @@ func (c *cli) root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.config, "config", "", "configuration file (default: "+config.DefaultPath+", if there is one)")
 	root.Flags().AddFlagSet(serve.Flags())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &failure{exitUsage, err} })
-	root.AddCommand(serve, c.devCommand(), c.checkCommand(), c.schemaCommand(), c.statsCommand(), c.healthcheckCommand(), c.versionCommand())
+	root.AddCommand(serve, c.devCommand(), c.checkCommand(), c.schemaCommand(), c.statsCommand(), c.phaseCommand(), c.finalizeCommand(), c.healthcheckCommand(), c.versionCommand())
 	return root
 }
 

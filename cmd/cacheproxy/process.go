@@ -18,6 +18,7 @@ import (
 	"cacheproxy/internal/admin"
 	"cacheproxy/internal/config"
 	"cacheproxy/internal/metrics"
+	"cacheproxy/policy"
 	"cacheproxy/proxy"
 
 	"go.uber.org/zap"
@@ -101,6 +102,7 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 		MaxInflightBytes: int(cfg.Limits.MaxInflightBytesPerClient),
 		Deny:             cfg.Commands.Deny,
 		Text:             p.text,
+		Phases:           p.configuredPhases,
 		Version:          versionText(),
 	}
 	if from.path != "" {
@@ -327,7 +329,7 @@ func (p *process) reload() error {
 		if err != nil {
 			return err
 		}
-		if err := p.server.SetRoutes(next.PolicyRoutes()); err != nil {
+		if err := p.server.SetRoutes(keepPhases(next.PolicyRoutes(), p.settings.current().PolicyRoutes(), p.server.Phases())); err != nil {
 			undo()
 			return err
 		}
@@ -365,6 +367,31 @@ func (p *process) setColumns(next *config.Config) (undo func(), err error) {
 		return nil, err
 	}
 	return undo, nil
+}
+
+// keepPhases gives the routes of a file that was read again the phases in which they are served, unless the file names another phase than
+// it did before: a step that was made in this process is not undone because something else has changed in the file.
+func keepPhases(next, last []policy.Route, served map[string]policy.Phase) []policy.Route {
+	named := map[string]policy.Phase{}
+	for _, r := range last {
+		named[r.Name] = r.Phase
+	}
+	for i, r := range next {
+		before, known := named[r.Name]
+		if now, is := served[r.Name]; known && is && before == r.Phase {
+			next[i].Phase = now
+		}
+	}
+	return next
+}
+
+// configuredPhases are the phases that the file names, by route.
+func (p *process) configuredPhases() map[string]string {
+	out := map[string]string{}
+	for _, r := range p.settings.current().Routes {
+		out[r.Name] = r.Phase
+	}
+	return out
 }
 
 // text is the configuration in force, without its secrets.

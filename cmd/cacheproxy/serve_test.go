@@ -247,7 +247,7 @@ func TestReload(t *testing.T) {
 			t.Errorf("/phase?%s: %d %s", c.query, code, body)
 		}
 	}
-	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "phase2") {
+	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "): phase2, ") {
 		t.Errorf("PHASE: %s", got)
 	}
 }
@@ -318,13 +318,13 @@ func TestReloadDuringOutage(t *testing.T) {
 	}
 	s.write(strings.Replace(routes, "phase1", "phase2", 1))
 	eventually(t, "the change is refused", func() bool { return s.stderr.has("was not reloaded") })
-	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "phase1") {
+	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "): phase1, ") {
 		t.Errorf("PHASE: %s", got)
 	}
 	if err := postgres.Restart(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the change is made", func() bool { return !strings.Contains(s.do("CACHEPROXY", "PHASE"), "phase1") })
+	eventually(t, "the change is made", func() bool { return !strings.Contains(s.do("CACHEPROXY", "PHASE"), "): phase1, ") })
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
@@ -424,7 +424,7 @@ func TestStatsWatch(t *testing.T) {
 	eventually(t, "it says that nobody answers", func() bool { return s.stdout.has("no cacheproxy answers") })
 	s.write(routes)
 	s.serve()
-	eventually(t, "it finds the proxy", func() bool { return s.stdout.has("REDIS HITS") })
+	eventually(t, "it finds the proxy", func() bool { return s.stdout.has("reads/s=") })
 	cancel()
 	if err := <-watched; err != nil {
 		t.Error(err)

@@ -9,40 +9,47 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"text/tabwriter"
 	"time"
 
+	"cacheproxy/internal/view"
 	"cacheproxy/proxy"
 
 	"github.com/spf13/cobra"
 )
 
 const (
-	// statsEvery is how often --watch asks; each time the proxy asks Redis for its INFO.
+	// statsEvery is how often --watch asks, statsOften how often it may; each time the proxy asks Redis for its INFO.
 	statsEvery = time.Second
+	statsOften = 100 * time.Millisecond
 	// askBound is how long a process on this machine may take to answer HTTP.
 	askBound = 5 * time.Second
 	// answerMax bounds what is read of an answer; a thousand routes are some 300 KB.
 	answerMax = 16 << 20
-	// clearScreen moves a terminal's cursor home and clears what is below.
-	clearScreen = "\x1b[H\x1b[J"
 )
 
 func (c *cli) statsCommand() *cobra.Command {
 	var observe string
 	var raw, watch bool
+	var every time.Duration
 	cmd := &cobra.Command{
 		Use:   "stats",
 		Short: "Show what this sidecar counts",
-		Args:  usage(cobra.NoArgs),
+		Long: "Prints the figures of GET /cache/stats as a table. With --watch they are a screen that follows them until q or Ctrl-C, or where\n" +
+			"there is no terminal a line for each route; with --watch --json a line of JSON each time.",
+		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			address, err := c.observeAddress(observe)
 			if err != nil {
 				return err
 			}
+			if every < statsOften {
+				return &failure{exitUsage, fmt.Errorf("--interval is at least %s", statsOften)}
+			}
 			if watch {
-				return c.watchStats(cmd.Context(), address, raw)
+				return c.watchStats(cmd.Context(), address, every, raw)
 			}
 			text, err := statsText(cmd.Context(), address, raw)
 			if err != nil {
@@ -54,7 +61,8 @@ func (c *cli) statsCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&observe, "observe", "", "the proxy's observe address (default: that of the configuration)")
 	cmd.Flags().BoolVar(&raw, "json", false, "print the JSON of /cache/stats")
-	cmd.Flags().BoolVar(&watch, "watch", false, "print it again every second")
+	cmd.Flags().BoolVar(&watch, "watch", false, "follow the figures")
+	cmd.Flags().DurationVar(&every, "interval", statsEvery, "with --watch: how often")
 	return cmd
 }
 
@@ -70,42 +78,41 @@ func (c *cli) observeAddress(given string) (string, error) {
 	return cfg.Observe.Address, nil
 }
 
-// watchStats prints until ctx ends. A proxy that is restarted meanwhile is waited for.
-func (c *cli) watchStats(ctx context.Context, address string, raw bool) error {
-	tick := time.NewTicker(statsEvery)
-	defer tick.Stop()
-	for {
-		text, err := statsText(ctx, address, raw)
-		if err != nil {
-			text = err.Error() + "\n"
-		}
-		if !raw {
-			text = clearScreen + text
-		}
-		if ctx.Err() == nil {
-			if _, err := io.WriteString(c.stdout, text); err != nil {
-				return err
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
+// watchStats shows the figures until ctx ends. A proxy that is restarted meanwhile is waited for.
+func (c *cli) watchStats(ctx context.Context, address string, every time.Duration, raw bool) error {
+	o := view.Options{
+		Ask:   func(ctx context.Context) (proxy.Stats, error) { return askStats(ctx, address) },
+		Every: every, JSON: raw, Title: address, Out: c.stdout,
 	}
+	if out, ok := c.stdout.(*os.File); ok && !raw {
+		if name, _ := c.getenv("TERM"); name != "dumb" {
+			o.Terminal = view.NewTerminal(os.Stdin, out)
+		}
+		none, _ := c.getenv("NO_COLOR")
+		o.Color = none == ""
+	}
+	return view.Watch(ctx, o)
+}
+
+func askStats(ctx context.Context, address string) (s proxy.Stats, err error) {
+	body, err := ask(ctx, address, "/cache/stats")
+	if err != nil {
+		return s, err
+	}
+	if json.Unmarshal(body, &s) != nil {
+		return s, errors.New("the answer to /cache/stats is not from a cacheproxy of this version")
+	}
+	return s, nil
 }
 
 func statsText(ctx context.Context, address string, raw bool) (string, error) {
-	body, err := ask(ctx, address, "/cache/stats")
+	if raw {
+		body, err := ask(ctx, address, "/cache/stats")
+		return string(body), err
+	}
+	s, err := askStats(ctx, address)
 	if err != nil {
 		return "", err
-	}
-	if raw {
-		return string(body), nil
-	}
-	var s proxy.Stats
-	if err := json.Unmarshal(body, &s); err != nil {
-		return "", errors.New("the answer to /cache/stats is not from a cacheproxy of this version")
 	}
 	return statsTable(s), nil
 }
@@ -114,25 +121,32 @@ func statsText(ctx context.Context, address string, raw bool) (string, error) {
 func ask(ctx context.Context, address, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, askBound)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
-	if err != nil {
-		return nil, errors.New("the observe address is not host:port")
+	code, body, err := request(ctx, http.MethodGet, address, path)
+	if err == nil && code != http.StatusOK {
+		err = fmt.Errorf("%s answered %s with status %d", address, path, code)
 	}
+	return body, err
+}
+
+// request asks an address of a proxy on this machine.
+func request(ctx context.Context, method, address, path string) (code int, body []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+address+path, nil)
+	if err != nil {
+		return 0, nil, errors.New("the address is not host:port")
+	}
+	req.Header.Set("X-Cacheproxy", "1") // what changes something is not for pages in a browser
 	// Of its own: the default one would obey HTTP_PROXY and keep the connection.
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("no cacheproxy answers on %s: %s", address, reason(err))
+		return 0, nil, fmt.Errorf("no cacheproxy answers on %s: %s", address, reason(err))
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, answerMax))
+	body, err = io.ReadAll(io.LimitReader(resp.Body, answerMax))
 	if err != nil {
-		return nil, fmt.Errorf("read the answer of %s: %s", address, reason(err))
+		return 0, nil, fmt.Errorf("read the answer of %s: %s", address, reason(err))
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s answered %s with status %d", address, path, resp.StatusCode)
-	}
-	return body, nil
+	return resp.StatusCode, body, nil
 }
 
 // statsTable is the statistics for people.

@@ -32,8 +32,17 @@ func (p *proxy) Stats(context.Context) any   { return map[string]int{"redis_hits
 func (p *proxy) ReadyRequires() string       { return p.requires }
 func (p *proxy) Identity() map[string]string { return map[string]string{"instance": "abc"} }
 func (p *proxy) Reload() error               { return p.reload }
-func (p *proxy) SetPhase(route string, to policy.Phase) error {
+func (p *proxy) Phases(_ context.Context, route string) (any, error) {
+	if route == "other" {
+		return nil, ErrNoRoute
+	}
+	return []string{"standing of " + route}, nil
+}
+func (p *proxy) SetPhase(route string, to policy.Phase, force bool) error {
 	p.moved = route + " " + to.String()
+	if force {
+		p.moved += " by force"
+	}
 	return p.phase
 }
 
@@ -191,6 +200,9 @@ func TestControl(t *testing.T) {
 	}
 	if code, _ := post("/phase?route=user&phase=phase2"); code != 200 || p.moved != "user phase2" {
 		t.Errorf("a step: %d %s", code, p.moved)
+	}
+	if code, _ := post("/phase?route=user&phase=phase2&force=1"); code != 200 || p.moved != "user phase2 by force" {
+		t.Errorf("by force: %d, moved %q", code, p.moved)
 	}
 	p.phase = ErrNoRoute
 	if code, _ := post("/phase?route=user&phase=phase2"); code != 404 {

@@ -11,7 +11,7 @@ import (
 	"cacheproxy/policy"
 )
 
-// ErrNoRoute is returned by Controlled.SetPhase.
+// ErrNoRoute is returned by Controlled.SetPhase and Observed.Phases.
 var ErrNoRoute = errors.New("no such route")
 
 // Controlled is the process as the admin address can change it. Methods are called from many goroutines.
@@ -19,8 +19,9 @@ type Controlled interface {
 	// Reload reads the configuration again. After an error the old one is still in force; the text of the error is
 	// shown to the operator and holds no secrets.
 	Reload() error
-	// SetPhase moves a route one step. The error is ErrNoRoute, or says why the step is refused.
-	SetPhase(route string, to policy.Phase) error
+	// SetPhase moves a route one step. The error is ErrNoRoute, or says why the step is refused; force is for what can be
+	// overruled.
+	SetPhase(route string, to policy.Phase, force bool) error
 }
 
 // headerName must be sent with what changes something. A page in a browser cannot send it to another origin without
@@ -59,7 +60,7 @@ func setPhase(w http.ResponseWriter, r *http.Request, p Controlled) {
 		text(w, http.StatusBadRequest, err.Error()+"\n")
 		return
 	}
-	switch err := p.SetPhase(route, to); {
+	switch err := p.SetPhase(route, to, query.Get("force") == "1"); {
 	case errors.Is(err, ErrNoRoute):
 		text(w, http.StatusNotFound, err.Error()+"\n")
 	case err != nil:

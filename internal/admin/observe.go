@@ -38,6 +38,8 @@ type Observed interface {
 	Health() Health
 	// Stats is what GET /cache/stats encodes. ctx bounds what has to be asked of a store.
 	Stats(ctx context.Context) any
+	// Phases is what GET /phase encodes: of all routes, or of the one named. The error is ErrNoRoute.
+	Phases(ctx context.Context, route string) (any, error)
 	// ReadyRequires says what /readyz demands of the stores: none, any, redis, postgres or all.
 	ReadyRequires() string
 	// Identity is what tells this process from others, by name: version, instance.
@@ -64,6 +66,14 @@ func Observe(p Observed, metrics http.Handler) http.Handler {
 		ctx, cancel := context.WithTimeout(r.Context(), statsTime)
 		defer cancel()
 		writeJSON(w, http.StatusOK, p.Stats(ctx))
+	})
+	mux.HandleFunc("GET /phase", func(w http.ResponseWriter, r *http.Request) {
+		out, err := p.Phases(r.Context(), r.URL.Query().Get("route"))
+		if err != nil {
+			text(w, http.StatusNotFound, err.Error()+"\n")
+			return
+		}
+		writeJSON(w, http.StatusOK, out)
 	})
 	mux.Handle("GET /metrics", metrics)
 	return mux

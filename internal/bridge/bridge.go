@@ -51,6 +51,19 @@ func (b store) Forget(ctx context.Context, route, phase string) error {
 	return b.s.Forget(ctx, route, phase)
 }
 
+func (b store) Seen(ctx context.Context, routes, phases []string) error {
+	return b.s.Seen(ctx, routes, phases)
+}
+
+func (b store) Standing(ctx context.Context, route string, rows int) (proxy.StoreStanding, error) {
+	s, err := b.s.Standing(ctx, route, rows)
+	out := proxy.StoreStanding{Longest: s.Longest, Keys: s.Keys}
+	for _, p := range s.Phases {
+		out.Phases = append(out.Phases, proxy.PhaseSeen(p))
+	}
+	return out, err
+}
+
 func (b store) ChangedSince(ctx context.Context, since time.Time, after string, limit int) ([]policy.Ref, error) {
 	return b.s.ChangedSince(ctx, since, after, limit)
 }
