@@ -71,3 +71,12 @@ CREATE TABLE IF NOT EXISTS cacheproxy.phases (
     last_seen timestamptz NOT NULL,
     PRIMARY KEY (route, phase)
 );
+
+-- How far `cacheproxy migrate` has got, for --resume.
+CREATE TABLE IF NOT EXISTS cacheproxy.transfers (
+    route      text COLLATE "C",
+    direction  text COLLATE "C",
+    state      jsonb NOT NULL,
+    updated_at timestamptz NOT NULL,
+    PRIMARY KEY (route, direction)
+);

@@ -67,6 +67,12 @@ type Route struct {
 	WritePolicy WritePolicy
 }
 
+// Prefix is the literal that every key of the route begins with.
+func (r *Route) Prefix() string {
+	lit, _ := literal(r.Match)
+	return lit
+}
+
 // check returns what is wrong with r by itself.
 func (r *Route) check() []error {
 	var errs []error
