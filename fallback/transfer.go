@@ -12,8 +12,8 @@ import (
 // ErrTransferring: somebody else copies this route in this direction.
 var ErrTransferring = errors.New("fallback: another process is at it")
 
-// transferLock is the first of the two numbers of the advisory lock of a transfer; the second is the hash of its name.
-const transferLock = 0x63707472
+// TransferLockClass is the first of the two numbers of the advisory lock of a transfer; the second is the hash of its name.
+const TransferLockClass = 0x63707472
 
 // Transfer is the right to copy one route in one direction, and the place where it is written down how far that got. The right is a lock of
 // a session, on a connection of its own: it ends with the process, however that ends. It belongs to one goroutine at a time.
@@ -39,7 +39,7 @@ func (t *Transfer) lock(ctx context.Context) error {
 			return err
 		}
 		ours := false
-		err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1::int, hashtext($2::text))`, transferLock, t.direction+" "+t.route).Scan(&ours)
+		err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1::int, hashtext($2::text))`, TransferLockClass, t.direction+" "+t.route).Scan(&ours)
 		switch {
 		case err != nil:
 			conn.Release()

@@ -192,6 +192,12 @@ func (r *Router) Match(key []byte) *Route {
 	return &r.routes[best]
 }
 
+// In reports whether key is the route's that is called name.
+func (r *Router) In(key []byte, name string) bool {
+	route := r.Match(key)
+	return route != nil && route.Name == name
+}
+
 // noRoute comes after every route.
 const noRoute = math.MaxInt
 

@@ -230,10 +230,11 @@ const (
 	Deleted               // the store knows that the key was deleted: what Redis has is no value to copy
 	TooLarge              // the value is larger than what is copied
 	NotJSON               // the store keeps JSON only
+	NoPlace               // the store has no row that could hold the key
 	Repaired              // the copies differed, and do not any more
 )
 
-var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "repaired"}
+var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "repaired"}
 
 func (f Fate) String() string { return fateWords[f] }
 
@@ -444,11 +445,13 @@ func (c *PeerLink) Copy(ctx context.Context, refs []policy.Ref, sent map[string]
 			absent = append(absent, i)
 		case policy.Tombstone:
 			out[i].Fate = Deleted
-		default:
+		case policy.Live:
 			out[i].Fate = There
 			if sent[refs[i].Key] {
 				out[i].Fate = Copied
 			}
+		default:
+			out[i].Fate = NoPlace
 		}
 	}
 	if len(absent) == 0 {
@@ -535,6 +538,8 @@ func (c *PeerLink) copyLocked(ctx context.Context, refs []policy.Ref, part []int
 			}
 		case row.State == policy.Tombstone:
 			d.Fate = Deleted
+		case row.State != policy.Absent:
+			d.Fate = NoPlace
 		case r.code == keyRefused:
 			d.Fate = Busy
 		case r.mark != "":
