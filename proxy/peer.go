@@ -106,10 +106,7 @@ func (c *PeerLink) RunID() string { return c.link.runID }
 // Info is what the server said of itself when the connection was made.
 func (c *PeerLink) Info() map[string]string { return c.link.info }
 
-// DataSet names the server and its data as the clock in Redis does.
-func (c *PeerLink) dataSet() string { return c.link.runID + " " + c.link.replID }
-
-// Do asks Redis one thing. An error reply is an error.
+// do asks Redis one thing. An error reply is an error.
 func (c *PeerLink) do(ctx context.Context, args ...string) ([]byte, error) {
 	frames, err := c.pipeline(ctx, [][]string{args})
 	if err != nil {
@@ -206,15 +203,47 @@ func (p *Peer) Skew() time.Duration {
 	return 10*time.Millisecond + time.Duration(p.clocks.redis.doubt()+p.clocks.store.doubt())*time.Microsecond
 }
 
-// Unverified tells that some sidecar has served this Redis, and none has since it was restarted or replaced: it may hold an older memory.
-func (c *PeerLink) Unverified(ctx context.Context) (bool, error) {
+// Standing is a closed list: what the clock in Redis says of the data there (see "Outages, restarts, failovers" in docs/consistency.md).
+type Standing uint8
+
+const (
+	// Verified: some sidecar trusts it.
+	Verified Standing = iota
+	// Unverified: none has looked at it since it was restarted or replaced. It may hold an older memory.
+	Unverified
+	// Unknown: none has ever served it, and there are keys. The first that does drops every copy that has a row.
+	Unknown
+)
+
+// Standing looks at the clock. Where there is none because Redis is empty, it writes one, as a sidecar does: or what is copied now would be dropped by the first that
+// comes.
+func (c *PeerLink) Standing(ctx context.Context) (Standing, error) {
 	frame, err := c.do(ctx, "GET", clockName)
 	if err != nil {
-		return false, err
+		return Unverified, err
 	}
 	clock, _ := bulk(frame)
-	return len(clock) > 0 && !strings.HasSuffix(string(clock), " "+c.dataSet()), nil
+	switch _, set, _ := strings.Cut(string(clock), " "); {
+	case set == dataSet(c.link):
+		return Verified, nil
+	case len(clock) > 0:
+		return Unverified, nil
+	}
+	poll, err := c.p.store.Poll(ctx, math.MaxInt64)
+	if err != nil {
+		return Unverified, err
+	}
+	if n, err := c.Size(ctx); err != nil || n > 0 {
+		return Unknown, err
+	}
+	_, err = scriptPoll.eval(func(dst []string) []string {
+		return append(dst, "2", journalName, clockName, strconv.FormatInt(poll.Now.UnixMilli(), 10), c.p.version(), anchorField, dataSet(c.link))
+	}, func(args ...string) ([]byte, error) { return c.do(ctx, args...) })
+	return Verified, err
 }
+
+// version is a new one for a mark or an anchor.
+func (p *Peer) version() string { return p.id + "-" + strconv.FormatUint(p.seq.Add(1), 36) }
 
 // Fate is a closed list: what became of a key.
 type Fate uint8
@@ -413,7 +442,7 @@ func (c *PeerLink) Size(ctx context.Context) (int64, error) {
 	return n, err
 }
 
-// Lengths tells how long the strings are.
+// lengths tells how long the strings are.
 func (c *PeerLink) lengths(ctx context.Context, keys []string) ([]int64, error) {
 	cmds := make([][]string, len(keys))
 	for i, k := range keys {
@@ -735,7 +764,7 @@ func (c *PeerLink) preferRedis(ctx context.Context, ref policy.Ref) (Done, error
 	case r.code != keyValue:
 		return Done{Fate: Gone}, nil
 	}
-	version := c.p.id + "-" + strconv.FormatUint(c.p.seq.Add(1), 36)
+	version := c.p.version()
 	rs, err = c.script(ctx, scriptWrite, key, number, version, leaseMS,
 		"x", "", "", "0", "="+string(rs[0].value), "", strconv.FormatInt(rs[0].num, 10))
 	if err != nil {

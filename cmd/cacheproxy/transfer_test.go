@@ -127,6 +127,17 @@ func (x *tools) rows(n int) {
 		SELECT to_char(i, '"k:"FM000000'), jsonb_build_object('n', i), 'all', (SELECT coalesce(max(generation), 0) FROM cacheproxy.generations), now() FROM generate_series(1, $1::int) i`, n)
 }
 
+// served leaves Redis as a sidecar does that has looked at what it holds.
+func (x *tools) served() {
+	x.t.Helper()
+	info := map[string]string{}
+	for line := range strings.SplitSeq(x.redis.Info(x.ctx, "server", "replication").Val(), "\r\n") {
+		name, value, _ := strings.Cut(line, ":")
+		info[name] = value
+	}
+	x.must(x.redis.Set(x.ctx, "cacheproxy:clock", fmt.Sprintf("%d %s %s", time.Now().UnixMilli(), info["run_id"], info["master_replid"]), 0).Err())
+}
+
 func (x *tools) report(text string) (r transfer.Report) {
 	x.t.Helper()
 	if err := json.Unmarshal([]byte(text), &r); err != nil {
@@ -154,6 +165,7 @@ func TestMigrate(t *testing.T) {
 		('there', '1', NULL, 'all', 0, NULL, now()),
 		('marked', '1', NULL, 'all', 0, NULL, now()),
 		('large', NULL, convert_to(repeat('x', 1048577), 'UTF8'), 'all', 0, NULL, now())`)
+	x.served()
 	x.must(x.redis.Set(x.ctx, "there", "mine", 0).Err())
 	x.must(x.redis.HSet(x.ctx, "cacheproxy:journal", "marked", "v1").Err())
 
@@ -204,7 +216,7 @@ func TestMigrate(t *testing.T) {
 	// For people, and once more: all is there.
 	x.sql("DELETE FROM cacheproxy.entries WHERE key = 'large'")
 	code, stdout, stderr = x.tool("migrate")
-	if code != exitFine || !strings.Contains(stdout, "3003   were in redis already") || !strings.Contains(stdout, "rows a second") {
+	if code != exitFine || !strings.Contains(stdout, "3003 were in redis already") || !strings.Contains(stdout, "rows a second") {
 		t.Errorf("once more: exit code %d\n%s%s", code, stdout, stderr)
 	}
 }
@@ -213,6 +225,12 @@ func TestMigrate(t *testing.T) {
 func TestMigrateOneRoute(t *testing.T) {
 	x := newTools(t, "phase1")
 	x.rows(300)
+	// Without a sidecar that has looked at it, what Redis holds is dropped by the first that comes.
+	x.must(x.redis.Set(x.ctx, "old", "1", 0).Err())
+	if code, _, stderr := x.tool("migrate"); code != exitNot || !strings.Contains(stderr, "start one first") {
+		t.Errorf("a redis that nobody has served: exit code %d\n%s", code, stderr)
+	}
+	x.must(x.redis.Del(x.ctx, "old").Err())
 	x.write("routes:\n- {name: one, match: 'k:00000*', phase: phase1}\n- {name: some, match: 'k:0*', phase: phase1}\n- {name: late, match: '*', phase: phase3}")
 	for _, c := range []struct {
 		args []string
@@ -240,6 +258,18 @@ func TestMigrateOneRoute(t *testing.T) {
 	if n := x.redis.Exists(x.ctx, "k:000009").Val(); n != 0 {
 		t.Error("a key of another route was copied")
 	}
+	// What was copied into an empty Redis is still there when the first sidecar comes.
+	s := x.exec("serve", "--config", x.config)
+	x.started()
+	eventually(t, "redis is trusted", func() bool {
+		_, body := x.get("/healthz")
+		return strings.Count(body, `"connected"`) == 2
+	})
+	if n := x.redis.DBSize(x.ctx).Val(); n != 293 {
+		t.Errorf("%d keys are left", n)
+	}
+	s.signal(t, syscall.SIGTERM)
+	s.code(t)
 	x.phase("drain")
 	for _, args := range [][]string{{"migrate"}, {"migrate", "--reverse"}} {
 		if code, _, stderr := x.tool(args...); code != exitNot || !strings.Contains(stderr, "does not read the store") {
@@ -259,7 +289,7 @@ func TestMigrateResumes(t *testing.T) {
 	x := newTools(t, "phase1")
 	const rows = 20_000
 	x.rows(rows)
-	copied := func() int64 { return x.redis.DBSize(x.ctx).Val() }
+	copied := func() int64 { return x.redis.DBSize(x.ctx).Val() - 2 } // the clock and the journal
 	p, _, errs := x.background("migrate", "--rate", "4000")
 	eventually(t, "something is copied", func() bool { return copied() > 1000 })
 	if code, _, stderr := x.tool("migrate"); code != exitNot || !strings.Contains(stderr, "another migrate") {
@@ -359,7 +389,7 @@ func TestMigrateWaits(t *testing.T) {
 			x.postgresURL = was
 			eventually(t, "it says what it waits for", func() bool { return errs.has("waiting for", c.says) })
 			c.end()
-			if code := p.code(t); code != exitFine || x.redis.DBSize(x.ctx).Val() != 2000 {
+			if code := p.code(t); code != exitFine || x.redis.DBSize(x.ctx).Val() != 2002 {
 				t.Errorf("exit code %d\n%s%s", code, out, errs)
 			}
 			if r := x.report(out.String()); r.Copied != 2000 || r.Failed != 0 {
@@ -391,7 +421,7 @@ func TestMigrateReverse(t *testing.T) {
 	x.must(x.redis.Set(x.ctx, "bytes", "\x00\xff", 0).Err())
 	x.must(x.redis.HSet(x.ctx, "hash", "f", "v").Err())
 	code, stdout, stderr := x.tool("migrate", "--reverse", "--dry-run")
-	if code != exitFine || !strings.Contains(stdout, "3001   would be copied into the store") || x.ask("SELECT count(*) FROM cacheproxy.entries") != "10" {
+	if code != exitFine || !strings.Contains(stdout, "3001 would be copied into the store") || x.ask("SELECT count(*) FROM cacheproxy.entries") != "10" {
 		t.Errorf("a dry run: exit code %d\n%s%s", code, stdout, stderr)
 	}
 	p, _, _ := x.background("migrate", "--reverse", "--rate", "500")

@@ -81,18 +81,18 @@ type migration struct {
 	work   chan *batch
 	open   sync.WaitGroup // batches that are not done
 
-	mu        sync.Mutex
-	after     string          // guarded by mu: where the walk goes on; what lies before it is done, in under, or in later
-	walked    bool            // guarded by mu: there is nothing behind after
-	under     map[*batch]bool // guarded by mu: under way
-	later     map[string]bool // guarded by mu: keys that somebody was at
-	report    Report          // guarded by mu
-	looked    int64           // guarded by mu: keys that are done, for the progress
-	restarted bool            // guarded by mu: it was said that Redis has been
-	earlier   time.Duration   // what earlier runs took
-	begun     time.Time
-	total     int64
-	runID     string // of Redis, at the beginning
+	mu      sync.Mutex
+	after   string          // guarded by mu: where the walk goes on; what lies before it is done, in under, or in later
+	walked  bool            // guarded by mu: there is nothing behind after
+	under   map[*batch]bool // guarded by mu: under way
+	later   map[string]bool // guarded by mu: keys that somebody was at
+	report  Report          // guarded by mu
+	looked  int64           // guarded by mu: keys that are done, for the progress
+	known   map[string]bool // guarded by mu: which processes of Redis have been met
+	earlier time.Duration   // what earlier runs took
+	begun   time.Time
+	total   int64
+	runID   string // of Redis, at the beginning
 }
 
 // Refusal says why a route cannot be copied now.
@@ -129,7 +129,7 @@ func servedWithout(r *policy.Route, phases map[string][]string) error {
 func Migrate(ctx context.Context, stores Stores, opt Options) (Report, error) {
 	m := &migration{
 		opt: opt, stores: stores, say: opt.Progress.say, begun: time.Now(),
-		under: map[*batch]bool{}, later: map[string]bool{},
+		under: map[*batch]bool{}, later: map[string]bool{}, known: map[string]bool{},
 		report: Report{Route: opt.Route.Name, Reverse: opt.Reverse, DryRun: opt.DryRun},
 		pace:   pace{rate: float64(opt.Rate)},
 		work:   make(chan *batch, opt.Workers),
@@ -213,13 +213,8 @@ func (m *migration) prepare(ctx context.Context) error {
 		if err := servedWithout(m.opt.Route, phases); err != nil {
 			return err
 		}
-		if m.opt.Reverse {
-			switch old, err := link.Unverified(ctx); {
-			case err != nil:
-				return err
-			case old:
-				return errUnverified
-			}
+		if err := m.met(ctx, link); err != nil {
+			return err
 		}
 		if m.total, err = m.feed.total(ctx); err != nil {
 			return err
@@ -227,9 +222,6 @@ func (m *migration) prepare(ctx context.Context) error {
 		return m.recall(ctx)
 	})
 }
-
-// errUnverified: what Redis holds may be older than what was acknowledged. A sidecar repairs it as soon as it sees it.
-var errUnverified = errors.New("redis has been restarted, and no sidecar has looked at it since")
 
 // recall reads the checkpoint.
 func (m *migration) recall(ctx context.Context) error {
@@ -503,6 +495,9 @@ func (w *worker) batch(ctx, steps context.Context, b *batch) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if _, ok := errors.AsType[*Refusal](err); ok {
+			return err
+		}
 		b.tries++
 		why := m.stores.trouble(err)
 		fault := why == "" || b.tries >= triesAlone && !needsRoom(err) && w.alive(steps)
@@ -539,10 +534,10 @@ func (w *worker) alive(ctx context.Context) bool {
 // connect sees to it that there is a connection.
 func (w *worker) connect(ctx context.Context) error {
 	link, err := w.get(ctx)
-	if err == nil {
-		w.m.met(link.RunID())
+	if err != nil {
+		return err
 	}
-	return err
+	return w.m.met(ctx, link)
 }
 
 // step takes a batch through the protocol once.
@@ -567,14 +562,29 @@ func (w *worker) step(ctx context.Context, b *batch) (done []proxy.Done, err err
 	return w.link.Promote(ctx, b.refs, b.sent)
 }
 
-// met notes which Redis a worker has reached.
-func (m *migration) met(runID string) {
+// met looks at a Redis that was not met before: what is copied there must be good for something.
+func (m *migration) met(ctx context.Context, link *proxy.PeerLink) error {
+	m.mu.Lock()
+	known := m.known[link.RunID()]
+	m.mu.Unlock()
+	if known || m.opt.DryRun {
+		return nil
+	}
+	switch standing, err := link.Standing(ctx); {
+	case err != nil:
+		return err
+	case standing == proxy.Unverified:
+		return errUnverified
+	case standing == proxy.Unknown && !m.opt.Reverse:
+		return &Refusal{"redis has keys, and no sidecar has served it yet: the first that starts drops every copy that has a row, and what is copied now with them; start one first"}
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if runID != m.runID && !m.restarted && !m.opt.Reverse {
-		m.restarted = true
+	if len(m.known) == 1 && !m.opt.Reverse {
 		m.say("redis has been restarted: what it has lost of the rows that were copied is not copied again; run once more afterwards")
 	}
+	m.known[link.RunID()] = true
+	return nil
 }
 
 // settle counts what became of a batch.

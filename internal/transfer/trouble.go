@@ -32,8 +32,14 @@ var redisWords = map[string]string{
 	"busy":        "redis is busy with a script",
 }
 
+// errUnverified: what Redis holds may be older than what was acknowledged. A sidecar repairs it as soon as it sees it.
+var errUnverified = errors.New("redis has been restarted, and no sidecar has looked at it since")
+
 // trouble says why a step failed if that may pass, "" otherwise.
 func (s *Stores) trouble(err error) string {
+	if errors.Is(err, errUnverified) {
+		return err.Error()
+	}
 	if word := proxy.RedisTrouble(err); word != "" {
 		return redisWords[word]
 	}
@@ -42,6 +48,9 @@ func (s *Stores) trouble(err error) string {
 
 // needsRoom tells that Redis answers and refuses what would change it: nobody's key is at fault.
 func needsRoom(err error) bool {
+	if errors.Is(err, errUnverified) {
+		return true
+	}
 	switch proxy.RedisTrouble(err) {
 	case "oom", "misconf", "readonly", "loading", "busy":
 		return true
@@ -130,9 +139,6 @@ func patiently(ctx context.Context, s Stores, g *gate, f func() error) error {
 			return ctx.Err()
 		}
 		why := s.trouble(err)
-		if errors.Is(err, errUnverified) {
-			why = err.Error()
-		}
 		if why == "" {
 			return err
 		}
