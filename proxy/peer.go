@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"math"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -249,21 +248,22 @@ func (p *Peer) version() string { return p.id + "-" + strconv.FormatUint(p.seq.A
 type Fate uint8
 
 const (
-	Promoted  Fate = iota // Redis has the row's value now
-	Copied                // the store has Redis's value now
-	There                 // the other store has the key: it was left alone
-	OtherType             // Redis has something there that is no string
-	Marked                // Redis's journal names the key: its row is stale, and the repair brings it
-	Busy                  // somebody is at the key: try later
-	Gone                  // it has been deleted or has expired since it was listed
-	Deleted               // the store knows that the key was deleted: what Redis has is no value to copy
-	TooLarge              // the value is larger than what is copied
-	NotJSON               // the store keeps JSON only
-	NoPlace               // the store has no row that could hold the key
-	Repaired              // the copies differed, and do not any more
+	Promoted   Fate = iota // Redis has the row's value now
+	Copied                 // the store has Redis's value now
+	There                  // the other store has the key: it was left alone
+	OtherType              // Redis has something there that is no string
+	Marked                 // Redis's journal names the key: its row is stale, and the repair brings it
+	Busy                   // somebody is at the key: try later
+	Gone                   // it has been deleted or has expired since it was listed
+	Deleted                // the store knows that the key was deleted: what Redis has is no value to copy
+	TooLarge               // the value is larger than what is copied
+	NotJSON                // the store keeps JSON only
+	NoPlace                // the store has no row that could hold the key
+	Remembered             // readers remember for negative_ttl that both stores lack it
+	Repaired               // the copies differed, and do not any more
 )
 
-var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "repaired"}
+var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "remembered as absent", "repaired"}
 
 func (f Fate) String() string { return fateWords[f] }
 
@@ -298,6 +298,8 @@ func (c *PeerLink) Promote(ctx context.Context, refs []policy.Ref, sent map[stri
 			out[i].Fate = OtherType
 		case keyMarked:
 			out[i].Fate = Marked
+		case keyNegative:
+			out[i].Fate = Remembered
 		case keyGranted:
 			mine = append(mine, i)
 		default:
@@ -780,15 +782,4 @@ func (c *PeerLink) preferRedis(ctx context.Context, ref policy.Ref) (Done, error
 		return Done{}, err // as above
 	}
 	return Done{Fate: Repaired}, nil
-}
-
-// Fates are all that a key may come to, in the order of reports.
-func Fates() []Fate {
-	return slices.Collect(func(yield func(Fate) bool) {
-		for f := range fateWords {
-			if !yield(Fate(f)) {
-				return
-			}
-		}
-	})
 }

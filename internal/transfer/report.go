@@ -34,7 +34,8 @@ type Report struct {
 	Other    int64 `json:"other_type"` // Redis has something else there
 	TooLarge int64 `json:"too_large"`
 	NotJSON  int64 `json:"not_json"`
-	NoRow    int64 `json:"no_row"` // an adopted column has no row of that key
+	NoRow    int64 `json:"no_row"`   // an adopted column has no row of that key
+	Negative int64 `json:"negative"` // readers remember that both stores lack it
 	Failed   int64 `json:"failed"`
 	Bytes    int64 `json:"bytes"`
 
@@ -67,6 +68,9 @@ func (r *Report) note(key string, d proxy.Done) {
 		r.example("not JSON", key, "the column takes JSON only")
 	case proxy.NoPlace:
 		r.NoRow++
+		r.example("no row", key, "the table has none that could hold it")
+	case proxy.Remembered:
+		r.Negative++
 	default:
 		r.fail(key, "somebody was at the key all the time")
 	}
@@ -88,7 +92,7 @@ func (r *Report) example(kind, key, why string) {
 }
 
 // OK tells that everything that can be is where it should be.
-func (r *Report) OK() bool { return r.Failed+r.NotJSON+r.TooLarge+r.Other == 0 }
+func (r *Report) OK() bool { return r.Failed+r.NotJSON+r.TooLarge+r.Other+r.NoRow+r.Negative == 0 }
 
 // Print writes the report for people. What is zero is left out, except the first two lines.
 func (r *Report) Print(w io.Writer) {
@@ -114,6 +118,7 @@ func (r *Report) Print(w io.Writer) {
 	line(r.Dead, "are dead: a fence stands above them")
 	line(r.Marked, "are marked in redis's journal: the repair brings them")
 	line(r.NoRow, "have no row in the table")
+	line(r.Negative, "are remembered as absent: run again after negative_ttl")
 	line(r.Other, "redis has another type of key there")
 	line(r.TooLarge, "are larger than postgres.max_value")
 	line(r.NotJSON, "are not JSON, which is all that the column takes")
@@ -121,7 +126,7 @@ func (r *Report) Print(w io.Writer) {
 	t.Flush() //nolint:errcheck // w's error shows in the lines below
 	d := time.Duration(r.Seconds * float64(time.Second))
 	fmt.Fprintf(w, "%s in %s, %.0f rows a second\n", bytesText(r.Bytes), d.Round(10*time.Millisecond), float64(r.Rows)/max(r.Seconds, 0.001))
-	for _, kind := range []string{"other type", "too large", "not JSON", "failed"} {
+	for _, kind := range []string{"other type", "too large", "not JSON", "no row", "failed"} {
 		for _, e := range r.Examples[kind] {
 			fmt.Fprintf(w, "%s: %q: %s\n", kind, e.Key, e.Why)
 		}
