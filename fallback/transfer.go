@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrTransferring: somebody else copies this route in this direction.
+// ErrTransferring says that somebody else copies this route in this direction.
 var ErrTransferring = errors.New("fallback: another process is at it")
 
 // TransferLockClass is the first of the two numbers of the advisory lock of a transfer; the second is the hash of its name.

@@ -20,7 +20,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// bench is two stores, and tools of the built program that work on them.
+// tools are two stores, and tools of the built program that work on them.
 type tools struct {
 	*site
 	ctx   context.Context
@@ -75,27 +75,8 @@ func (x *tools) background(args ...string) (p *program, out, errs *output) {
 	x.t.Helper()
 	out, errs = &output{}, &output{}
 	cmd := x.command(args...)
-	p = x.start(cmd, out, errs)
-	return p, out, errs
-}
-
-func (x *tools) start(cmd *exec.Cmd, out, errs *output) *program {
-	x.t.Helper()
-	cmd.Env = append(x.env(), "PATH=/usr/bin:/bin")
 	cmd.Stdout, cmd.Stderr = out, errs
-	if err := cmd.Start(); err != nil {
-		x.t.Fatal(err)
-	}
-	p := &program{cmd, make(chan struct{})}
-	go func() {
-		_ = cmd.Wait() // how it ended is in ProcessState
-		close(p.ended)
-	}()
-	x.t.Cleanup(func() {
-		_ = cmd.Process.Kill() // usually it has ended
-		<-p.ended
-	})
-	return p
+	return x.start(cmd), out, errs
 }
 
 func (x *tools) sql(text string, args ...any) {

@@ -125,7 +125,6 @@ type verification struct {
 	mu       sync.Mutex
 	suspects []suspect // guarded by mu
 	verdict  Verdict   // guarded by mu
-	looked   int64     // guarded by mu
 }
 
 // Verify compares both copies of the keys of a route. The verdict is also good beside an error, for what was compared until then.
