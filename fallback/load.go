@@ -45,6 +45,10 @@ WHERE e.key = ANY ($1::text[])
 // one round trip, and repeats that once when a pooled connection turns out to be dead. The values belong to the
 // caller.
 func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	return s.loadRows(ctx, refs, true)
+}
+
+func (s *Store) loadRows(ctx context.Context, refs []policy.Ref, values bool) ([]policy.Row, error) {
 	if len(refs) == 0 {
 		return nil, nil
 	}
@@ -55,7 +59,7 @@ func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, erro
 	var rows []policy.Row
 	err = s.do(ctx, s.reads, "load", func(ctx context.Context, c *pgx.Conn) error {
 		var b pgx.Batch
-		l := cs.queueLoad(&b, refs, true)
+		l := cs.queueLoad(&b, refs, values)
 		br := c.SendBatch(ctx, &b)
 		var err error
 		rows, err = l.read(br, cs)

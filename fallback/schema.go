@@ -109,7 +109,7 @@ func (st *schemaState) complete() bool { return st.exists && len(st.missing) == 
 // relations are what the schema consists of, by their names there.
 var relations = []string{
 	"entries", "entries_updated_at", "entries_expires_at", "entries_tombstones", "entries_generation",
-	"journal", "journal_id_seq", "fence", "generations", "phases",
+	"journal", "journal_id_seq", "fence", "generations", "phases", "transfers",
 	"meta", "meta_updated_at", "meta_change",
 }
 

@@ -87,3 +87,11 @@ CREATE TABLE IF NOT EXISTS cacheproxy.meta (
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
 CREATE INDEX IF NOT EXISTS meta_updated_at ON cacheproxy.meta (updated_at);
 CREATE INDEX IF NOT EXISTS meta_change ON cacheproxy.meta (change) WHERE change IS NOT NULL;
+-- How far `cacheproxy migrate` has got, for --resume.
+CREATE TABLE IF NOT EXISTS cacheproxy.transfers (
+    route      text COLLATE "C",
+    direction  text COLLATE "C",
+    state      jsonb NOT NULL,
+    updated_at timestamptz NOT NULL,
+    PRIMARY KEY (route, direction)
+);

@@ -73,6 +73,12 @@ type Route struct {
 // that have a row.
 func (r *Route) Column() bool { return r.Template != nil }
 
+// Prefix is the literal that every key of the route begins with.
+func (r *Route) Prefix() string {
+	lit, _ := literal(r.Match)
+	return lit
+}
+
 // check returns what is wrong with r by itself.
 func (r *Route) check() []error {
 	var errs []error
@@ -190,6 +196,12 @@ func (r *Router) Match(key []byte) *Route {
 		return nil
 	}
 	return &r.routes[best]
+}
+
+// In reports whether key is the route's that is called name.
+func (r *Router) In(key []byte, name string) bool {
+	route := r.Match(key)
+	return route != nil && route.Name == name
 }
 
 // noRoute comes after every route.

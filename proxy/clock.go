@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,6 +29,31 @@ func (c *clocks) toStore(ms int64) int64 { return shift(ms, c.store.mid.Load()-c
 
 // toRedis is the reverse.
 func (c *clocks) toRedis(ms int64) int64 { return shift(ms, c.redis.mid.Load()-c.store.mid.Load()) }
+
+// askRedis looks at Redis's clock.
+func (c *clocks) askRedis(do func(args ...string) ([]byte, error)) error {
+	for i := 0; i <= askAgain && (i == 0 || c.redis.doubtful()); i++ {
+		asked := localNow()
+		frame, err := do("TIME")
+		if err != nil {
+			return err
+		}
+		answered := localNow()
+		parts, _ := elements(frame, nil)
+		if len(parts) != 2 {
+			return &outageError{why: outOther, reply: "TIME answered out of shape"}
+		}
+		var n [2]int64
+		for i, p := range parts {
+			text, _ := bulk(p)
+			if n[i], err = strconv.ParseInt(string(text), 10, 64); err != nil {
+				return &outageError{why: outOther, reply: "TIME answered no number"}
+			}
+		}
+		c.redis.saw(asked, answered, n[0]*1_000_000+n[1])
+	}
+	return nil
+}
 
 func shift(ms, micros int64) int64 {
 	if ms < 0 {
@@ -77,6 +103,13 @@ func (o *offset) saw(asked, answered, shown int64) {
 	}
 	o.known, o.lo, o.hi, o.at = true, lo, hi, answered
 	o.mid.Store((lo + hi) / 2)
+}
+
+// doubt is half of what the bounds leave open, in microseconds.
+func (o *offset) doubt() int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return (o.hi - o.lo) / 2
 }
 
 // doubtful: a quicker answer would help.

@@ -485,27 +485,7 @@ func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, res
 
 // askRedisTime looks at Redis's clock.
 func (e *engine) askRedisTime(ctx context.Context) error {
-	for i := 0; i <= askAgain && (i == 0 || e.clocks.redis.doubtful()); i++ {
-		asked := localNow()
-		frame, err := e.up.do(ctx, "TIME")
-		if err != nil {
-			return err
-		}
-		answered := localNow()
-		parts, _ := elements(frame, nil)
-		if len(parts) != 2 {
-			return &outageError{why: outOther, reply: "TIME answered out of shape"}
-		}
-		var n [2]int64
-		for i, p := range parts {
-			text, _ := bulk(p)
-			if n[i], err = strconv.ParseInt(string(text), 10, 64); err != nil {
-				return &outageError{why: outOther, reply: "TIME answered no number"}
-			}
-		}
-		e.clocks.redis.saw(asked, answered, n[0]*1_000_000+n[1])
-	}
-	return nil
+	return e.clocks.askRedis(func(args ...string) ([]byte, error) { return e.up.do(ctx, args...) })
 }
 
 // readMarks pages through Redis's journal.

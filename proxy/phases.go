@@ -169,7 +169,7 @@ func (e *engine) nothingOnlyInRedis(ctx context.Context, router *policy.Router, 
 		}
 	}
 	if only > 0 {
-		return fmt.Errorf("%d keys of the route are only in Redis and would no longer be seen: write them once more in phase1, or let them expire", only)
+		return fmt.Errorf("%d keys of the route are only in Redis and would no longer be seen: copy them with `cacheproxy migrate --reverse`, or let them expire", only)
 	}
 	return nil
 }

@@ -91,7 +91,7 @@ func (who identity) dial(ctx context.Context, d *dialer) (_ net.Conn, id int64, 
 	}
 	rd := bufio.NewReader(conn)
 	for _, s := range steps {
-		frame, err := readFrame(rd)
+		frame, err := readFrame(rd, maxHandshake)
 		if err != nil {
 			return fail(&outageError{why: classifyError(err)})
 		}

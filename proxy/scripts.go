@@ -121,7 +121,7 @@ const (
 )
 
 var (
-	// scriptGrant: a read missed. ARGV: token, lease ms. While the stores are being emptied nobody gets a lease:
+	// scriptGrant: a read missed. ARGV: token, lease ms, "1" if nobody wants the values that are there. While the stores are being emptied nobody gets a lease:
 	//
 	//	1 FLUSHALL has emptied Redis    2 a reader takes the lease and reads a row    3 the rows are dead, and FLUSHALL is answered
 	//	4 the reader promotes the row, and without one Redis is taken for the only holder
@@ -131,7 +131,7 @@ local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local ty = kind(K)
-  if ty == 'string' then r[#r+1] = {7, redis.call('GET', K), ends(K)}
+  if ty == 'string' then r[#r+1] = {7, ARGV[3] and '' or redis.call('GET', K), ends(K)}
   elseif ty ~= 'none' then r[#r+1] = {6, ty, ends(K)}
   elseif redis.call('HEXISTS', J, K) == 1 then r[#r+1] = {2}
   else
@@ -394,17 +394,22 @@ type keyReply struct {
 
 // script runs s for keys on the control connection.
 func (u *upstream) script(ctx context.Context, s *script, keys []string, argv ...string) ([]keyReply, error) {
-	frame, err := u.eval(ctx, s, func(dst []string) []string {
+	frame, err := u.eval(ctx, s, keyArgs(keys, argv))
+	if err != nil {
+		return nil, err
+	}
+	return keyReplies(frame, len(keys))
+}
+
+// keyArgs are a script's arguments behind its name: the journal, each key with its lease, and argv.
+func keyArgs(keys, argv []string) func([]string) []string {
+	return func(dst []string) []string {
 		dst = append(dst, strconv.Itoa(1+2*len(keys)), journalName)
 		for _, k := range keys {
 			dst = append(dst, k, leaseName(k))
 		}
 		return append(dst, argv...)
-	})
-	if err != nil {
-		return nil, err
 	}
-	return keyReplies(frame, len(keys))
 }
 
 // keyReplies reads a script's answers for n keys. They are views of the frame, which must be the caller's.
@@ -442,12 +447,17 @@ func keyReplies(frame []byte, n int) ([]keyReply, error) {
 	return out, nil
 }
 
+// eval runs a script by its digest.
+func (u *upstream) eval(ctx context.Context, s *script, args func([]string) []string) ([]byte, error) {
+	return s.eval(args, func(args ...string) ([]byte, error) { return u.do(ctx, args...) })
+}
+
 // eval runs a script by its digest. A client's SCRIPT FLUSH makes Redis forget it; NOSCRIPT means that nothing ran,
 // so it is sent again whole.
-func (u *upstream) eval(ctx context.Context, s *script, args func([]string) []string) ([]byte, error) {
-	frame, err := u.do(ctx, args([]string{"EVALSHA", s.sha})...)
+func (s *script) eval(args func([]string) []string, do func(...string) ([]byte, error)) ([]byte, error) {
+	frame, err := do(args([]string{"EVALSHA", s.sha})...)
 	if oe, ok := err.(*outageError); ok && strings.HasPrefix(oe.reply, "NOSCRIPT") { //nolint:errorlint // do returns it bare
-		frame, err = u.do(ctx, args([]string{"EVAL", s.body})...)
+		frame, err = do(args([]string{"EVAL", s.body})...)
 	}
 	return frame, err
 }

@@ -194,7 +194,7 @@ func (d *dialer) handshake(conn net.Conn, proto int, name string) (*link, error)
 	l := &link{Conn: conn}
 	rd := bufio.NewReader(conn)
 	for i := 0; i <= n; i++ {
-		frame, err := readFrame(rd)
+		frame, err := readFrame(rd, maxHandshake)
 		if err != nil {
 			return nil, &outageError{why: classifyError(err)}
 		}
@@ -232,9 +232,11 @@ func (d *dialer) credentials() (user, pass string) {
 	return user, d.opt.Password
 }
 
-// readFrame reads one reply of a handshake; replies there are small, 1 MiB bounds a server gone wrong.
-func readFrame(rd *bufio.Reader) ([]byte, error) {
-	const limit = 1 << 20
+// maxHandshake bounds a reply of a handshake: they are small, and a server may have gone wrong.
+const maxHandshake = 1 << 20
+
+// readFrame reads one reply of at most about limit bytes.
+func readFrame(rd *bufio.Reader, limit int) ([]byte, error) {
 	var f framer
 	var b []byte
 	for len(b) < limit {
@@ -254,7 +256,7 @@ func readFrame(rd *bufio.Reader) ([]byte, error) {
 			return b, nil
 		}
 	}
-	return nil, errors.New("redis: handshake reply too long")
+	return nil, errors.New("redis: reply too long")
 }
 
 // parseInfo reads the key:value lines of INFO.

@@ -472,11 +472,13 @@ func (s *keyState) redisLife() (ms, abs string) {
 
 // rowLife tells the store when a row ends that ends in Redis at the moment at, -1: never. What is to be kept is said in full like the
 // rest: the row may expire before the COMMIT, and "keep" would then mean for ever.
-func (e *engine) rowLife(at int64) policy.Expiry {
+func (e *engine) rowLife(at int64) policy.Expiry { return e.clocks.rowLife(at) }
+
+func (c *clocks) rowLife(at int64) policy.Expiry {
 	if at < 0 {
 		return policy.Expiry{Kind: policy.NoExpiry}
 	}
-	return policy.Expiry{Kind: policy.ExpiresAt, MS: e.clocks.toStore(at)}
+	return policy.Expiry{Kind: policy.ExpiresAt, MS: c.toStore(at)}
 }
 
 // storeFirst is the write of phase0 and phase1 (DESIGN 8):
@@ -1000,12 +1002,7 @@ func (w *writer) fill(ctx context.Context, g *group, h hold) bool {
 // lift helps a Postgres that crashed and forgot the last numbers it had drawn: Redis remembers them and refuses what comes
 // with a lower one, so the next ones must be higher.
 func (e *engine) lift(ctx context.Context, tx Tx, rs []keyReply) {
-	above := int64(0)
-	for _, r := range rs {
-		if r.code == keyRefused {
-			above = max(above, r.at)
-		}
-	}
+	above := refusedAbove(rs)
 	if above == 0 || tx == nil {
 		return
 	}
@@ -1016,6 +1013,16 @@ func (e *engine) lift(ctx context.Context, tx Tx, rs []keyReply) {
 	} else if lifted {
 		e.stats.lifts.Add(1)
 	}
+}
+
+// refusedAbove is the highest number that Redis refused a lower one for, 0 if it refused none.
+func refusedAbove(rs []keyReply) (above int64) {
+	for _, r := range rs {
+		if r.code == keyRefused {
+			above = max(above, r.at)
+		}
+	}
+	return above
 }
 
 // invalidateAgain deletes keys in Redis under their key locks: the lease of a write had lapsed, so somebody

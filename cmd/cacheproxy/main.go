@@ -26,6 +26,8 @@ const (
 	exitUsage       = 2  // wrong usage
 	exitUnreachable = 3  // a store is unreachable
 	exitConfig      = 78 // bad configuration: EX_CONFIG of sysexits.h, so that a supervisor need not try again
+	// exitInterrupted is what a shell says of a command that Ctrl-C has ended: the work is not done, and can be gone on with.
+	exitInterrupted = 130
 )
 
 func main() {
@@ -74,7 +76,8 @@ func (c *cli) root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.config, "config", "", "configuration file (default: "+config.DefaultPath+", if there is one)")
 	root.Flags().AddFlagSet(serve.Flags())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &failure{exitUsage, err} })
-	root.AddCommand(serve, c.devCommand(), c.checkCommand(), c.schemaCommand(), c.statsCommand(), c.phaseCommand(), c.finalizeCommand(), c.healthcheckCommand(), c.versionCommand())
+	root.AddCommand(serve, c.devCommand(), c.checkCommand(), c.schemaCommand(), c.migrateCommand(), c.verifyCommand(), c.statsCommand(), c.phaseCommand(),
+		c.finalizeCommand(), c.healthcheckCommand(), c.versionCommand())
 	return root
 }
 

@@ -156,12 +156,14 @@ func (s *site) exec(args ...string) *program {
 	return s.start(exec.Command(self, args...))
 }
 
-// start starts a command at the site.
+// start starts a command at the site. What it prints goes to the site's outputs, unless it has its own.
 func (s *site) start(cmd *exec.Cmd) *program {
 	s.t.Helper()
 	cmd.Env = append([]string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}, s.env()...)
 	cmd.Dir = s.dir
-	cmd.Stdout, cmd.Stderr = &s.stdout, &s.stderr
+	if cmd.Stdout == nil {
+		cmd.Stdout, cmd.Stderr = &s.stdout, &s.stderr
+	}
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}

@@ -14,7 +14,14 @@ import (
 // Store gives the data path a fallback store.
 func Store(s *fallback.Store) proxy.Store { return store{s} }
 
+// Peer is Store for a process that serves no clients.
+func Peer(s *fallback.Store) proxy.PeerStore { return store{s} }
+
 type store struct{ s *fallback.Store }
+
+func (b store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	return b.s.Look(ctx, refs)
+}
 
 func (b store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
 	return b.s.Load(ctx, refs)

@@ -1,0 +1,140 @@
+package fallback
+
+import (
+	"context"
+	"encoding/json"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+
+	"cacheproxy/policy"
+)
+
+// pageSQL looks at the next $3 entries of a range of keys, dead ones and tombstones included: however many of those stand together, a page
+// costs what its limit says. Every row is read through the primary key; the value stays where it is, and its size is what the
+// heap says of it.
+//
+// There is one statement for a range that ends and one for a range that does not: "$4 IS NULL OR key < $4" is no condition of an index,
+// and the last page would walk to the end of the table.
+const pageSQL = `
+WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
+SELECT e.key,
+       CASE WHEN e.generation < (SELECT coalesce(max(g.generation), 0)
+                                 FROM cacheproxy.generations g
+                                 WHERE g.scope IN ('', $1::text, e.route)) THEN 0
+            WHEN e.missing OR e.expires_at <= clock.now THEN 1
+            ELSE 2 END::int,
+       coalesce(e.expires_at <= clock.now, false) AND NOT e.missing,
+       e.size
+FROM clock,
+     (SELECT key, generation, route, expires_at, raw IS NULL AND value IS NULL AS missing,
+             coalesce(octet_length(raw), pg_column_size(value), 0)::bigint AS size
+      FROM cacheproxy.entries
+      WHERE key >= $2::text`
+
+const (
+	pageEndSQL  = ` AND key < $4::text ORDER BY key LIMIT $3::int) e ORDER BY e.key`
+	pageOpenSQL = ` ORDER BY key LIMIT $3::int) e ORDER BY e.key`
+)
+
+// Page returns the next rows of r.Route in the order of their keys. The snapshot ends with the page, so a walk over a large table holds
+// back no vacuum. Next is the last key that was looked at.
+func (s *Store) Page(ctx context.Context, r policy.PageRequest) (policy.Page, error) {
+	limit := r.Limit
+	if limit <= 0 || limit > maxPage {
+		limit = maxPage
+	}
+	from := r.Prefix
+	if r.After != "" {
+		from = r.After + "\x01" // nothing stands between the two: text holds no NUL
+	}
+	sql, args := pageSQL+pageOpenSQL, []any{r.Route, from, limit}
+	if end := behind(r.Prefix); end != "" {
+		sql, args = pageSQL+pageEndSQL, append(args, end)
+	}
+	var page policy.Page
+	err := s.do(ctx, s.reads, "page through the rows", func(ctx context.Context, c *pgx.Conn) error {
+		page = policy.Page{}
+		rows, err := c.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		var row policy.PageRow
+		var state int
+		_, err = pgx.ForEachRow(rows, []any{&row.Key, &state, &row.Expired, &row.Size}, func() error {
+			row.State = [...]policy.State{policy.Absent, policy.Tombstone, policy.Live}[state]
+			page.Rows = append(page.Rows, row)
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return policy.Page{}, err
+	}
+	if n := len(page.Rows); n == limit {
+		page.Next = page.Rows[n-1].Key
+		if page.Next == "" { // one row, of the empty key
+			page.Next = "\x01"
+		}
+	}
+	return page, nil
+}
+
+// behind is the smallest text that is greater than all that begin with prefix, "" if there is none. UTF-8 sorts as its code points do.
+func behind(prefix string) string {
+	for prefix != "" {
+		r, n := utf8.DecodeLastRuneInString(prefix)
+		prefix = prefix[:len(prefix)-n]
+		switch r {
+		case utf8.MaxRune:
+			continue // nothing is greater in this place
+		case 0xD7FF: // behind it stand the surrogates, which are no text
+			r = 0xE000
+		default:
+			r++
+		}
+		return prefix + string(r)
+	}
+	return ""
+}
+
+// Look is Load without the values: those of its rows are empty.
+func (s *Store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	return s.loadRows(ctx, refs, false)
+}
+
+// estimateSQL asks the planner how many rows a range of keys has. It takes part in no plan, so that it costs the same for a table of
+// any size, and is as good as the table's last ANALYZE.
+const estimateSQL = `EXPLAIN (FORMAT JSON) SELECT FROM cacheproxy.entries WHERE key >= $1::text`
+
+// Estimate is about how many rows a walk with Page looks at: exact up to 10,000, the planner's estimate beyond. It is for people to look at.
+func (s *Store) Estimate(ctx context.Context, r policy.PageRequest) (int64, error) {
+	end := behind(r.Prefix)
+	exact, plan, args := `SELECT count(*) FROM (SELECT FROM cacheproxy.entries WHERE key >= $1::text`, estimateSQL, []any{r.Prefix}
+	if end != "" {
+		exact, plan, args = exact+` AND key < $2::text`, plan+` AND key < $2::text`, append(args, end)
+	}
+	var n int64
+	err := s.do(ctx, s.reads, "estimate the rows", func(ctx context.Context, c *pgx.Conn) error {
+		if err := c.QueryRow(ctx, exact+` LIMIT 10001) e`, args...).Scan(&n); err != nil || n <= countLimit {
+			return err
+		}
+		var text []byte
+		// With the values in the text: a plan for any range would know nothing of this one.
+		args := append([]any{pgx.QueryExecModeSimpleProtocol}, args...)
+		if err := c.QueryRow(ctx, plan, args...).Scan(&text); err != nil {
+			return err
+		}
+		var said []struct {
+			Plan struct {
+				Rows float64 `json:"Plan Rows"`
+			}
+		}
+		if err := json.Unmarshal(text, &said); err != nil || len(said) == 0 {
+			return err
+		}
+		n = max(n, int64(said[0].Plan.Rows))
+		return nil
+	})
+	return n, err
+}

@@ -1,0 +1,630 @@
+package transfer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"cacheproxy/policy"
+	"cacheproxy/proxy"
+)
+
+// Options say what is to be copied, and how.
+type Options struct {
+	Route  *policy.Route
+	Router *policy.Router // to which Route belongs: a key that an earlier route matches is not Route's
+	// Reverse copies what only Redis has into the store; otherwise it is what Redis lacks into Redis.
+	Reverse bool
+	DryRun  bool // touch nothing
+	Resume  bool // go on where the last run ended
+	Rate    int  // keys a second at most; 0: as fast as the stores allow
+	Workers int  // batches under way at once
+	// MaxValue is the largest value that is copied, in bytes.
+	MaxValue int64
+	// Patience is how long trouble may last without anything that works before the run gives up.
+	Patience time.Duration
+	// Store says what the route's store is: a checkpoint of another one is not gone on from.
+	Store    string
+	Progress *Progress
+}
+
+const (
+	// saveEvery is how often the checkpoint is written. A run that dies repeats what it did since, which costs that much time and no more: what is there already is left alone.
+	saveEvery = 5 * time.Second
+	// stepGrace is what a step that is under way may take after an interrupt; nothing is lost without it, but leases and locks would
+	// be left to lapse.
+	stepGrace = 3 * time.Second
+	// maxLater bounds the keys that somebody was at and that are tried again at the end. There are as many as writers are quick; more means that something else is wrong.
+	maxLater = 50_000
+	// laterPause and laterRounds are how often they are tried: longer in all than a lease that a crashed writer has left.
+	laterPause  = 500 * time.Millisecond
+	laterRounds = 16
+	// triesAlone is how often a step may fail although both stores answer before its keys are taken to be the reason.
+	triesAlone = 4
+	// hopeless is how many keys may fail before one succeeds: what fails then is not the keys' fault.
+	hopeless = 100
+)
+
+// checkpoint is what a run writes down.
+type checkpoint struct {
+	Match  string   `json:"match"`
+	Store  string   `json:"store"`
+	RunID  string   `json:"run_id"` // of Redis
+	After  string   `json:"after"`
+	Walked bool     `json:"walked"` // there is nothing behind After
+	Later  []string `json:"later"`
+	Report Report   `json:"report"`
+}
+
+// batch is some keys that go through the protocol together.
+type batch struct {
+	refs  []policy.Ref
+	sent  map[string]bool
+	tries int
+}
+
+// migration is one run.
+type migration struct {
+	opt    Options
+	stores Stores
+	feed   feed
+	gate   *gate
+	brake  *brake
+	pace   pace
+	say    func(format string, args ...any)
+	stop   context.CancelCauseFunc
+	work   chan *batch
+	open   sync.WaitGroup // batches that are not done
+
+	mu      sync.Mutex
+	after   string          // guarded by mu: where the walk goes on; what lies before it is done, in under, or in later
+	walked  bool            // guarded by mu: there is nothing behind after
+	under   map[*batch]bool // guarded by mu: under way
+	later   map[string]bool // guarded by mu: keys that somebody was at
+	report  Report          // guarded by mu
+	looked  int64           // guarded by mu: keys that are done, for the progress
+	known   map[string]bool // guarded by mu: which processes of Redis have been met
+	earlier time.Duration   // what earlier runs took
+	begun   time.Time
+	total   int64
+	runID   string // of Redis, at the beginning
+}
+
+// Refusal says why a route cannot be copied now.
+type Refusal struct{ Why string }
+
+func (e *Refusal) Error() string { return e.Why }
+
+// Allowed tells whether copying between the stores of a route makes sense in its phase.
+func Allowed(r *policy.Route, reverse bool) error {
+	rules := r.Phase.Rules()
+	switch {
+	case !rules.UsesStore:
+		return &Refusal{fmt.Sprintf("route %s is in %s, which has no store: writes do not reach its rows, and what they hold is old", r.Name, r.Phase)}
+	case !rules.ReadsStore && reverse:
+		return &Refusal{fmt.Sprintf("route %s is in %s, which does not read the store, and on the way back all rows are fenced: go back to phase2 first, then copy", r.Name, r.Phase)}
+	case !rules.ReadsStore:
+		return &Refusal{fmt.Sprintf("route %s is in %s, which does not read the store: some sidecars may be in phase3 by now, whose writes do not reach the rows", r.Name, r.Phase)}
+	}
+	return nil
+}
+
+// servedWithout tells whether somebody has served the route in a phase without its store since the last fence: its rows may be old.
+func servedWithout(r *policy.Route, phases map[string][]string) error {
+	for _, word := range phases[r.Name] {
+		if p, err := policy.ParsePhase(word); err == nil && !p.Rules().UsesStore {
+			return &Refusal{fmt.Sprintf("route %s has been served in %s: its rows may be old, and the first sidecar that starts in %s makes them dead; start one first", r.Name, p, r.Phase)}
+		}
+	}
+	return nil
+}
+
+// Migrate copies what one store has of a route and the other lacks. The report is also good beside an error: ErrInterrupted when ctx ended,
+// *Unreachable, *Refusal, or what went wrong.
+func Migrate(ctx context.Context, stores Stores, opt Options) (Report, error) {
+	m := &migration{
+		opt: opt, stores: stores, say: opt.Progress.say, begun: time.Now(),
+		under: map[*batch]bool{}, later: map[string]bool{}, known: map[string]bool{},
+		report: Report{Route: opt.Route.Name, Reverse: opt.Reverse, DryRun: opt.DryRun},
+		pace:   pace{rate: float64(opt.Rate)},
+		work:   make(chan *batch, opt.Workers),
+	}
+	m.gate = &gate{patience: opt.Patience, say: m.say}
+	m.brake = newBrake(opt.Workers, m.say)
+	if opt.Reverse {
+		m.feed = &scanFeed{peer: stores.Peer, route: opt.Route, router: opt.Router, say: m.say}
+	} else {
+		m.feed = &rowFeed{rows: stores.Rows, route: opt.Route, router: opt.Router}
+	}
+	defer m.feed.close()
+	err := m.run(ctx)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.report.Seconds = m.spent().Seconds()
+	return m.report, err
+}
+
+func (m *migration) spent() time.Duration { return m.earlier + time.Since(m.begun) }
+
+func (m *migration) run(outer context.Context) error {
+	if err := Allowed(m.opt.Route, m.opt.Reverse); err != nil {
+		return err
+	}
+	if err := m.prepare(outer); err != nil {
+		return m.ended(outer, err)
+	}
+	ctx, stop := context.WithCancelCause(outer)
+	defer stop(nil)
+	m.stop = stop
+	m.opt.Progress.begin(m.looked)
+	defer m.opt.Progress.end()
+	if m.total > 0 {
+		m.total = max(m.total, m.looked)
+	}
+
+	var workers, watch sync.WaitGroup
+	for range m.opt.Workers {
+		workers.Go(func() { m.worker(ctx) })
+	}
+	watching, unwatch := context.WithCancel(context.WithoutCancel(ctx))
+	watch.Go(func() { m.watch(watching) })
+
+	err := m.walk(ctx)
+	close(m.work)
+	m.brake.close()
+	workers.Wait()
+	unwatch()
+	watch.Wait()
+	if cause := context.Cause(ctx); cause != nil && outer.Err() == nil {
+		err = cause // a worker gave up
+	}
+	if err == nil {
+		return m.save(true)
+	}
+	return errors.Join(m.ended(outer, err), m.save(false))
+}
+
+// ended is how a run ended that did not finish.
+func (m *migration) ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ErrInterrupted
+	}
+	return err
+}
+
+// prepare looks at the stores, and for where to begin.
+func (m *migration) prepare(ctx context.Context) error {
+	return patiently(ctx, m.stores, m.gate, func() error {
+		link, err := m.stores.Peer.Dial(ctx)
+		if err != nil {
+			return err
+		}
+		defer link.Close()
+		m.runID = link.RunID()
+		phases, err := link.Measure(ctx)
+		if err != nil {
+			return err
+		}
+		if err := servedWithout(m.opt.Route, phases); err != nil {
+			return err
+		}
+		if err := m.met(ctx, link); err != nil {
+			return err
+		}
+		if m.total, err = m.feed.total(ctx); err != nil {
+			return err
+		}
+		return m.recall(ctx)
+	})
+}
+
+// recall reads the checkpoint.
+func (m *migration) recall(ctx context.Context) error {
+	if m.stores.Ledger == nil || m.opt.DryRun {
+		return nil
+	}
+	text, at, found, err := m.stores.Ledger.Read(ctx)
+	if err != nil {
+		return err
+	}
+	switch {
+	case !found && m.opt.Resume:
+		m.say("there is no checkpoint: beginning at the beginning")
+		return nil
+	case !found:
+		return nil
+	case !m.opt.Resume:
+		m.say("the checkpoint of %s is given up; --resume would have gone on from it", at.Local().Format(time.DateTime))
+		return nil
+	}
+	var c checkpoint
+	if err := json.Unmarshal(text, &c); err != nil {
+		return &Refusal{"the checkpoint cannot be read: run without --resume"}
+	}
+	if c.Match != m.opt.Route.Match || c.Store != m.opt.Store {
+		return &Refusal{fmt.Sprintf("the checkpoint of %s is of another pattern or store of this route: run without --resume", at.Local().Format(time.DateTime))}
+	}
+	m.say("going on from the checkpoint of %s: %d rows are done", at.Local().Format(time.DateTime), c.Report.Rows-int64(len(c.Later)))
+	if c.RunID != m.runID {
+		if m.opt.Reverse {
+			m.say("redis has been restarted since: its keys are looked through from the beginning")
+			return nil
+		}
+		m.say("redis has been restarted since: what it has lost of the rows before the checkpoint is not copied again; run without --resume for that")
+	}
+	if f, ok := m.feed.(*scanFeed); ok {
+		f.runID = c.RunID
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.after, m.walked, m.report = c.After, c.Walked, c.Report
+	m.earlier = time.Duration(c.Report.Seconds * float64(time.Second))
+	for _, key := range c.Later {
+		m.later[key] = true
+	}
+	m.looked = c.Report.Rows - int64(len(c.Later))
+	return nil
+}
+
+// save writes the checkpoint, or removes it when all is done. What is under way counts as not done: its keys are named.
+func (m *migration) save(done bool) error {
+	if m.stores.Ledger == nil || m.opt.DryRun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*saveEvery)
+	defer cancel()
+	if done {
+		return m.stores.Ledger.Write(ctx, nil)
+	}
+	m.mu.Lock()
+	c := checkpoint{Match: m.opt.Route.Match, Store: m.opt.Store, RunID: m.runID, After: m.after, Walked: m.walked, Report: m.report}
+	c.Later = slices.Collect(maps.Keys(m.later))
+	for b := range m.under {
+		for _, ref := range b.refs {
+			if !m.later[ref.Key] {
+				c.Later = append(c.Later, ref.Key)
+			}
+		}
+	}
+	c.Report.Seconds = m.spent().Seconds()
+	text, err := json.Marshal(c)
+	m.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := m.stores.Ledger.Write(ctx, text); err != nil {
+		return fmt.Errorf("the checkpoint could not be written: %w", err)
+	}
+	return nil
+}
+
+// watch shows the progress and writes checkpoints until ctx ends. Workers that wait for a store hold up neither.
+func (m *migration) watch(ctx context.Context) {
+	draw := time.NewTicker(drawEvery)
+	defer draw.Stop()
+	what := "rows"
+	if m.opt.Reverse {
+		what = "keys"
+	}
+	saved := time.Now()
+	failed := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-draw.C:
+		}
+		m.mu.Lock()
+		looked := m.looked
+		m.mu.Unlock()
+		m.opt.Progress.show(looked, m.total, what)
+		if time.Since(saved) < saveEvery {
+			continue
+		}
+		saved = time.Now()
+		switch err := m.save(false); {
+		case err == nil:
+			failed = false
+		case m.stores.Taken(err):
+			m.stop(err)
+		case !failed:
+			failed = true
+			m.say("%v; the one before it stands", err)
+		}
+	}
+}
+
+// walk hands out batches until there are no more, and those that are not done come once more.
+func (m *migration) walk(ctx context.Context) error {
+	m.mu.Lock()
+	after, walked := m.after, m.walked
+	m.mu.Unlock()
+	for !walked {
+		var part found
+		err := patiently(ctx, m.stores, m.gate, func() (err error) {
+			part, err = m.feed.next(ctx, after)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		after, walked = part.after, part.last
+		for _, b := range m.take(part) {
+			if err := m.hand(ctx, b); err != nil {
+				return err
+			}
+		}
+	}
+	for round := 0; ; round++ {
+		m.open.Wait()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		batches := m.again(round == laterRounds)
+		if len(batches) == 0 {
+			return nil
+		}
+		if err := sleep(ctx, laterPause); err != nil {
+			return err
+		}
+		for _, b := range batches {
+			if err := m.hand(ctx, b); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// take counts a part of the walk and makes batches of what is to be copied. From here on the walk stands behind it: whatever becomes of the batches, their keys are
+// remembered.
+func (m *migration) take(part found) (out []*batch) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.after, m.walked = part.after, part.last
+	var b *batch
+	weight := int64(0)
+	for _, row := range part.rows {
+		m.report.Rows++
+		switch {
+		case row.State == policy.Tombstone && row.Expired:
+			m.report.Expired++
+		case row.State == policy.Tombstone:
+			m.report.Deleted++
+		case row.State == policy.Absent:
+			m.report.Dead++
+		case row.Size > m.opt.MaxValue:
+			m.report.note(row.Key, proxy.Done{Fate: proxy.TooLarge, Size: int(row.Size)})
+		default:
+			if b == nil || len(b.refs) >= m.pace.size() || weight > 0 && weight+row.Size > batchBytes {
+				b, weight = &batch{sent: map[string]bool{}}, 0
+				m.under[b] = true
+				m.open.Add(1)
+				out = append(out, b)
+			}
+			b.refs = append(b.refs, policy.Ref{Route: m.opt.Route.Name, Key: row.Key})
+			weight += row.Size
+			continue
+		}
+		m.looked++
+	}
+	return out
+}
+
+// hand gives a batch to a worker. After an error the batch stays under way, to be written down.
+func (m *migration) hand(ctx context.Context, b *batch) error {
+	err := m.pace.wait(ctx, len(b.refs))
+	if err == nil {
+		select {
+		case m.work <- b:
+			return nil
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	m.open.Done()
+	return err
+}
+
+// again makes batches of the keys that somebody was at. The last time they fail.
+func (m *migration) again(last bool) (out []*batch) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	keys := slices.Sorted(maps.Keys(m.later))
+	clear(m.later)
+	if last {
+		for _, key := range keys {
+			m.report.note(key, proxy.Done{Fate: proxy.Busy})
+			m.looked++
+		}
+		return nil
+	}
+	for part := range slices.Chunk(keys, m.pace.size()) {
+		b := &batch{sent: map[string]bool{}}
+		for _, key := range part {
+			b.refs = append(b.refs, policy.Ref{Route: m.opt.Route.Name, Key: key})
+		}
+		m.under[b] = true
+		m.open.Add(1)
+		out = append(out, b)
+	}
+	return out
+}
+
+// worker takes batches through the protocol until there are no more.
+func (m *migration) worker(ctx context.Context) {
+	// A step that has begun is ended in order when ctx ends, if it can be.
+	steps, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(stepGrace, cancel) })()
+	w := &worker{linkHolder{peer: m.stores.Peer}, m}
+	defer w.close()
+	for b := range m.work {
+		m.brake.enter()
+		begun := time.Now()
+		if ctx.Err() == nil {
+			if err := w.batch(ctx, steps, b); err != nil && ctx.Err() == nil {
+				m.stop(err)
+			}
+		}
+		m.brake.leave(ctx, time.Since(begun), w.spent())
+		m.open.Done()
+	}
+}
+
+// worker has a connection to Redis.
+type worker struct {
+	linkHolder
+	m *migration
+}
+
+// batch copies a batch, waiting for as long as there is trouble. After an error it stays under way.
+func (w *worker) batch(ctx, steps context.Context, b *batch) error {
+	m := w.m
+	for {
+		done, err := w.step(steps, b)
+		if err == nil {
+			m.gate.worked()
+			m.settle(b, done)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if _, ok := errors.AsType[*Refusal](err); ok {
+			return err
+		}
+		b.tries++
+		why := m.stores.trouble(err)
+		fault := why == "" || b.tries >= triesAlone && !needsRoom(err) && w.alive(steps)
+		if len(b.refs) > 1 && fault {
+			// One key may spoil it for the others: a value that takes too long, or that cannot be read.
+			for _, part := range m.split(b) {
+				if err := w.batch(ctx, steps, part); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		if fault {
+			if err := m.failed(b, err); err != nil {
+				return err
+			}
+			return nil
+		}
+		if err := m.gate.failed(ctx, why); err != nil {
+			return err
+		}
+	}
+}
+
+// alive tells that both stores answer small questions.
+func (w *worker) alive(ctx context.Context) bool {
+	if err := w.connect(ctx); err != nil {
+		return false
+	}
+	_, err := w.link.Measure(ctx)
+	return err == nil
+}
+
+// connect sees to it that there is a connection.
+func (w *worker) connect(ctx context.Context) error {
+	link, err := w.get(ctx)
+	if err != nil {
+		return err
+	}
+	return w.m.met(ctx, link)
+}
+
+// step takes a batch through the protocol once.
+func (w *worker) step(ctx context.Context, b *batch) (done []proxy.Done, err error) {
+	if err := w.connect(ctx); err != nil {
+		return nil, err
+	}
+	switch {
+	case w.m.opt.Reverse:
+		return w.link.Copy(ctx, b.refs, b.sent, w.m.opt.DryRun)
+	case w.m.opt.DryRun:
+		keys := make([]string, len(b.refs))
+		for i, ref := range b.refs {
+			keys[i] = ref.Key
+		}
+		fates, err := w.link.Peek(ctx, keys)
+		for _, f := range fates {
+			done = append(done, proxy.Done{Fate: f})
+		}
+		return done, err
+	}
+	return w.link.Promote(ctx, b.refs, b.sent)
+}
+
+// met looks at a Redis that was not met before: what is copied there must be good for something.
+func (m *migration) met(ctx context.Context, link *proxy.PeerLink) error {
+	m.mu.Lock()
+	known := m.known[link.RunID()]
+	m.mu.Unlock()
+	if known || m.opt.DryRun {
+		return nil
+	}
+	switch trust, err := link.Trust(ctx); {
+	case err != nil:
+		return err
+	case trust == proxy.Unverified:
+		return errUnverified
+	case trust == proxy.Unknown && !m.opt.Reverse:
+		return &Refusal{"redis has keys, and no sidecar has served it yet: the first that starts drops every copy that has a row, and what is copied now with them; start one first"}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.known) == 1 && !m.opt.Reverse {
+		m.say("redis has been restarted: what it has lost of the rows that were copied is not copied again; run once more afterwards")
+	}
+	m.known[link.RunID()] = true
+	return nil
+}
+
+// settle counts what became of a batch.
+func (m *migration) settle(b *batch, done []proxy.Done) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.under, b)
+	for i, d := range done {
+		key := b.refs[i].Key
+		if d.Fate == proxy.Busy && len(m.later) < maxLater {
+			m.later[key] = true
+			continue
+		}
+		m.report.note(key, d)
+		m.looked++
+	}
+}
+
+// split makes two batches of one.
+func (m *migration) split(b *batch) []*batch {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	half := len(b.refs) / 2
+	parts := []*batch{{refs: b.refs[:half], sent: b.sent}, {refs: b.refs[half:], sent: b.sent}}
+	delete(m.under, b)
+	for _, p := range parts {
+		m.under[p] = true
+	}
+	return parts
+}
+
+// failed counts a batch of one key that cannot be copied. The error ends the run, if no key can.
+func (m *migration) failed(b *batch, err error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.report.Failed >= hopeless && m.report.Copied+m.report.There == 0 {
+		return err
+	}
+	delete(m.under, b)
+	m.report.fail(b.refs[0].Key, err.Error())
+	m.looked++
+	return nil
+}

@@ -1,0 +1,110 @@
+package transfer
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// drawEvery is how often a terminal's line is drawn anew: smooth enough to look at.
+	drawEvery = 200 * time.Millisecond
+	// sayEvery is how often a line is written where nobody watches, as in a log of a job.
+	sayEvery = 5 * time.Second
+	barWidth = 24
+)
+
+// Progress shows how far something is: a bar that is drawn over on a terminal, and a line now and then elsewhere.
+type Progress struct {
+	w        io.Writer
+	terminal bool
+
+	mu     sync.Mutex
+	drawn  bool // guarded by mu: the terminal's line is not empty
+	begun  time.Time
+	before int64     // what was done when it began
+	last   time.Time // guarded by mu
+	recent []point   // guarded by mu: of the last seconds, for the rate
+}
+
+type point struct {
+	at   time.Time
+	done int64
+}
+
+// NewProgress shows on w.
+func NewProgress(w io.Writer, terminal bool) *Progress {
+	return &Progress{w: w, terminal: terminal}
+}
+
+// begin starts the clock; before is what was done by an earlier run.
+func (p *Progress) begin(before int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.begun, p.before, p.last = time.Now(), before, time.Now()
+	p.recent = []point{{p.begun, before}}
+}
+
+// say writes a line of its own.
+func (p *Progress) say(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clear()
+	fmt.Fprintf(p.w, format+"\n", args...)
+}
+
+// clear empties the terminal's line. Caller holds mu.
+func (p *Progress) clear() {
+	if p.drawn {
+		fmt.Fprint(p.w, "\r\x1b[K")
+		p.drawn = false
+	}
+}
+
+// end leaves the line.
+func (p *Progress) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clear()
+}
+
+// show tells that done of about total are done, if it is time to.
+func (p *Progress) show(done, total int64, what string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	every := sayEvery
+	if p.terminal {
+		every = drawEvery
+	}
+	if now.Sub(p.last) < every {
+		return
+	}
+	p.last = now
+	p.recent = append(p.recent, point{now, done})
+	for len(p.recent) > 2 && now.Sub(p.recent[0].at) > 10*time.Second {
+		p.recent = p.recent[1:]
+	}
+	rate := float64(done-p.recent[0].done) / max(now.Sub(p.recent[0].at).Seconds(), 0.001)
+	text := fmt.Sprintf("%d %s, %.0f/s", done, what, rate)
+	if total > 0 {
+		share := min(float64(done)/float64(max(total, done)), 1)
+		eta := "?"
+		if rate > 0 {
+			eta = (time.Duration(float64(max(total-done, 0))/rate) * time.Second).String()
+		}
+		text = fmt.Sprintf("%3.0f %%  %d of about %d %s, %.0f/s, about %s left", 100*share, done, max(total, done), what, rate, eta)
+		if p.terminal {
+			full := int(share * barWidth)
+			text = "[" + strings.Repeat("#", full) + strings.Repeat(".", barWidth-full) + "] " + text
+		}
+	}
+	if p.terminal {
+		fmt.Fprint(p.w, "\r\x1b[K"+text)
+		p.drawn = true
+		return
+	}
+	fmt.Fprintln(p.w, text)
+}
