@@ -15,10 +15,11 @@ import (
 // takes the rule of the nearest folder above that has one. "std" forbids everything that is not the standard library.
 var may = map[string][]string{
 	"policy":           {"std"},
-	"proxy":            {"policy", "internal/command", "internal/strcmd"},
+	"proxy":            {"policy", "internal/command", "internal/said", "internal/strcmd"},
 	"fallback":         {"policy"},
 	"internal/bridge":  {"policy", "proxy", "fallback"},
 	"internal/command": {},
+	"internal/said":    {},
 	"internal/strcmd":  {"policy"},
 	"internal":         {"policy", "proxy", "internal/"},
 	"cmd":              {"policy", "proxy", "fallback", "internal/", ""},
