@@ -256,3 +256,9 @@ func (s *Store) try(ctx context.Context, f func() error) error {
 	}
 	return f()
 }
+
+// Connections tells how many connections wait for work, and how many are at it.
+func (s *Store) Connections() (idle, active int) {
+	st := s.pool.Stat()
+	return int(st.IdleConns()), int(st.AcquiredConns())
+}

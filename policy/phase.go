@@ -65,18 +65,24 @@ func Adjacent(a, b Phase) bool {
 	return a.valid() && b.valid() && (a+1 == b || b+1 == a)
 }
 
+// stepError says why a step cannot be. It has nothing in it that a log must not have.
+type stepError string
+
+func (e stepError) Error() string  { return string(e) }
+func (e stepError) Reason() string { return string(e) }
+
 // Step returns nil if a route may go from one phase to the other at once: they are the same or adjacent.
 // Otherwise the error names the step that comes next.
 func Step(from, to Phase) error {
 	switch {
 	case !from.valid() || !to.valid():
-		return fmt.Errorf("no step from %s to %s: no such phase", from, to)
+		return stepError(fmt.Sprintf("no step from %s to %s: no such phase", from, to))
 	case from == to || Adjacent(from, to):
 		return nil
 	case from < to:
-		return fmt.Errorf("%s to %s is more than one step: %s comes next", from, to, from+1)
+		return stepError(fmt.Sprintf("%s to %s is more than one step: %s comes next", from, to, from+1))
 	default:
-		return fmt.Errorf("%s to %s is more than one step: %s comes next", from, to, from-1)
+		return stepError(fmt.Sprintf("%s to %s is more than one step: %s comes next", from, to, from-1))
 	}
 }
 

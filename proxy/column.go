@@ -303,7 +303,7 @@ func (r *runner) writeLeft(ctx context.Context, st *running) (done bool, err err
 // the caller's. What has become another type, or was one, stays as the command left it, marked; so does a key that somebody has written since it was looked
 // at, for what was there before is older. ARGV: number, token, lease ms, version, then per key what it held: op ("s" set, "d" nothing, "x" no string), value,
 // when it ends (ms, -1 never), its mark and number.
-var scriptAside = newScript("aside", `
+var scriptAside = newScript("aside", redisWrite, `
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]

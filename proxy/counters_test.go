@@ -2,13 +2,17 @@ package proxy_test
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"cacheproxy/internal/metrics"
 	"cacheproxy/internal/testenv"
@@ -16,22 +20,68 @@ import (
 	"cacheproxy/proxy"
 )
 
-// metric is what Prometheus would be told of one metric, named with its labels.
+// metric is what Prometheus would be told of one metric, named with its labels. Without labels it is the sum over all.
 func (s *sidecar) metric(t testing.TB, name string) float64 {
 	t.Helper()
+	sum, found := 0.0, false
+	for series, v := range s.scrape(t) {
+		bare, _, _ := strings.Cut(series, "{")
+		if series == "cacheproxy_"+name || bare == "cacheproxy_"+name {
+			sum, found = sum+v, true
+		}
+	}
+	if !found {
+		t.Fatalf("no metric %s", name)
+	}
+	return sum
+}
+
+// scrape returns all metrics with their labels, and lets the watch over them see them.
+func (s *sidecar) scrape(t testing.TB) map[string]float64 {
+	t.Helper()
 	w := httptest.NewRecorder()
-	metrics.Handler(s.srv, metrics.Build{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	metrics.Handler(s.srv, metrics.Process{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	all := map[string]float64{}
 	for line := range strings.Lines(w.Body.String()) {
-		if rest, ok := strings.CutPrefix(line, "cacheproxy_"+name+" "); ok {
-			v, err := strconv.ParseFloat(strings.TrimSpace(rest), 64)
+		if at := strings.LastIndexByte(line, ' '); at > 0 && strings.HasPrefix(line, "cacheproxy_") {
+			v, err := strconv.ParseFloat(strings.TrimSpace(line[at:]), 64)
 			if err != nil {
 				t.Fatal(err)
 			}
-			return v
+			all[line[:at]] = v
 		}
 	}
-	t.Fatalf("no metric %s in\n%s", name, w.Body)
-	return 0
+	watched.see(s, all)
+	return all
+}
+
+// watch is over what metrics have moved: have had two values, in one sidecar.
+type watch struct {
+	mu    sync.Mutex
+	first map[*sidecar]map[string]float64
+	moved map[string]bool // by the metric's name and labels but the route's
+}
+
+var (
+	watched    = &watch{first: map[*sidecar]map[string]float64{}, moved: map[string]bool{}}
+	routeLabel = regexp.MustCompile(`route="[^"]*",?`)
+)
+
+func (w *watch) see(s *sidecar, all map[string]float64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.first[s] == nil {
+		w.first[s] = map[string]float64{}
+	}
+	for series, v := range all {
+		name := routeLabel.ReplaceAllString(series, "")
+		before, seen := w.first[s][series]
+		if !seen {
+			w.first[s][series] = v
+			before = 0 // which is what a counter begins with, and a state that is not there
+		}
+		w.moved[name] = w.moved[name] || v != before
+	}
 }
 
 // counts holds a metric to a value.
@@ -66,8 +116,63 @@ func (s *sidecar) repaired(t testing.TB, w *world, want map[string]int64) {
 	}
 }
 
+// rare are metrics that no test of this package provokes, and why.
+var rare = map[string]string{
+	`cacheproxy_build_info`:                                            "always 1, and of the program",
+	`cacheproxy_redis_errors_total`:                                    "its reasons are those of the outages that TestRedisOutages goes through; here there are some",
+	`cacheproxy_circuit_state{state="unused",upstream="redis"}`:        "Redis is always used",
+	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics shows it",
+	`cacheproxy_circuit_state{state="recovering",upstream="postgres"}`: "Postgres never is",
+	`cacheproxy_commands_total{class="blocking",outcome="refused"}`:    "what is refused does not wait",
+	`cacheproxy_draining`:                                              "TestSecondSignal of the program sees it",
+}
+
+// Every metric, with each of its labels, moves when what it counts is provoked: whoever adds one provokes it here.
+func TestCounts(t *testing.T) {
+	ran := 0
+	tests := []struct {
+		name string
+		test func(*testing.T)
+	}{
+		{"what redis missed", countsWhatRedisMissed},
+		{"what the store missed", countsWhatTheStoreMissed},
+		{"what others left", countsWhatOthersLeft},
+		{"a restart", countsARestart},
+		{"promotions and leases", countsPromotionsAndLeases},
+		{"fences", countsFences},
+		{"uncertain outcomes", countsUncertainOutcomes},
+		{"lifted numbers", countsLiftedNumbers},
+		{"reads and clients", countsReadsAndClients},
+		{"timings", countsTimings},
+	}
+	for _, c := range tests {
+		t.Run(c.name, func(t *testing.T) {
+			ran++
+			c.test(t)
+		})
+	}
+	if ran < len(tests) {
+		return // some were asked for
+	}
+	watched.mu.Lock()
+	defer watched.mu.Unlock()
+	families := map[string]bool{}
+	for series, moved := range watched.moved {
+		family, _, _ := strings.Cut(series, "{")
+		families[family] = families[family] || moved
+		if !moved && rare[series] == "" && rare[family] == "" && !strings.HasSuffix(family, "_bucket") {
+			t.Errorf("%s has not moved", series)
+		}
+	}
+	for family, moved := range families {
+		if !moved && rare[family] == "" {
+			t.Errorf("%s has not moved", family)
+		}
+	}
+}
+
 // A write that Redis missed stands in Postgres's journal and grows older until it is repaired.
-func TestCountsWhatRedisMissed(t *testing.T) {
+func countsWhatRedisMissed(t *testing.T) {
 	w := newWorld(t)
 	link := testenv.NewLink(t, w.redis.Addr())
 	s := w.start(sidecarOptions{redisURL: "redis://" + link.Addr() + "/0", routes: []policy.Route{route(policy.Phase1)}})
@@ -93,7 +198,7 @@ func TestCountsWhatRedisMissed(t *testing.T) {
 }
 
 // A write that Postgres missed stands in Redis's journal, also when it is written again meanwhile.
-func TestCountsWhatTheStoreMissed(t *testing.T) {
+func countsWhatTheStoreMissed(t *testing.T) {
 	for phase, cause := range map[policy.Phase]string{policy.Phase1: "store_stale_copied", policy.Phase2: "store_stale_dropped"} {
 		t.Run(phase.String(), func(t *testing.T) {
 			pg := testenv.PostgresServer(t)
@@ -125,7 +230,7 @@ func TestCountsWhatTheStoreMissed(t *testing.T) {
 }
 
 // What a sidecar that died has left in the journals, in the combinations that its own restart would not make.
-func TestCountsWhatOthersLeft(t *testing.T) {
+func countsWhatOthersLeft(t *testing.T) {
 	w := newWorld(t)
 	first := w.sidecar(policy.Phase1)
 	first.dial(t).want("+OK", "MSET", "both", "row", "row", "x")
@@ -140,7 +245,7 @@ func TestCountsWhatOthersLeft(t *testing.T) {
 }
 
 // A Redis that was restarted with an old data set: what the store has changed since is counted, and nothing else.
-func TestCountsARestart(t *testing.T) {
+func countsARestart(t *testing.T) {
 	w := newWorld(t, "--save", "100000 1000000", "--dbfilename", "old.rdb")
 	s := w.sidecar(policy.Phase1)
 	c := s.dial(t)
@@ -195,7 +300,7 @@ func (t meantimeTx) Commit(ctx context.Context, changes []policy.Change, journal
 	return t.Tx.Commit(ctx, changes, journal, known, rawOnly)
 }
 
-func TestCountsPromotionsAndLeases(t *testing.T) {
+func countsPromotionsAndLeases(t *testing.T) {
 	w := newWorld(t)
 	store := &meantime{}
 	one := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase1)}, store: func(s proxy.Store) proxy.Store { store.Store = s; return store }})
@@ -235,7 +340,7 @@ func TestCountsPromotionsAndLeases(t *testing.T) {
 	b.want("newer", "GET", "k")
 }
 
-func TestCountsFences(t *testing.T) {
+func countsFences(t *testing.T) {
 	w := newWorld(t)
 	s := w.sidecar(policy.Phase1)
 	c := s.dial(t)
@@ -264,7 +369,7 @@ func TestCountsFences(t *testing.T) {
 	s.counts(t, `fences_total`, 3)
 }
 
-func TestCountsUncertainOutcomes(t *testing.T) {
+func countsUncertainOutcomes(t *testing.T) {
 	w := newWorld(t)
 	both := route(policy.Phase1)
 	both.WritePolicy = policy.WriteBothStores
@@ -288,7 +393,7 @@ func TestCountsUncertainOutcomes(t *testing.T) {
 }
 
 // Redis remembers a number that Postgres has not drawn: it was drawn before a crash and never committed.
-func TestCountsLiftedNumbers(t *testing.T) {
+func countsLiftedNumbers(t *testing.T) {
 	w := newWorld(t)
 	s := w.sidecar(policy.Phase1)
 	c := s.dial(t)
@@ -301,7 +406,7 @@ func TestCountsLiftedNumbers(t *testing.T) {
 	s.counts(t, `numbers_lifted_total`, 1)
 }
 
-func TestCountsReadsAndClients(t *testing.T) {
+func countsReadsAndClients(t *testing.T) {
 	w := newWorld(t)
 	r := route(policy.Phase1)
 	r.Name, r.Match, r.NegativeTTL = "user", "user:*", 1000e9
@@ -325,9 +430,9 @@ func TestCountsReadsAndClients(t *testing.T) {
 	}
 	for name, want := range map[string]float64{
 		`reads_total{outcome="hit",route="user",source="redis"}`:     2,
-		`reads_total{outcome="hit",route="user",source="postgres"}`:  1,
+		`reads_total{outcome="hit",route="user",source="jsonb"}`:     1,
 		`reads_total{outcome="miss",route="user",source="none"}`:     1,
-		`reads_total{outcome="negative",route="user",source="none"}`: 1,
+		`reads_total{outcome="miss",route="user",source="negative"}`: 1,
 		`writes_total{route="user"}`:                                 1,
 		`commands_denied_total`:                                      1,
 		`commands_unrouted_total`:                                    1, // GET elsewhere
@@ -341,6 +446,189 @@ func TestCountsReadsAndClients(t *testing.T) {
 	}
 	if p := s.srv.Figures().Performance; p.CacheMisses != 2 || p.RedisHits != 2 || p.JSONBHits != 1 {
 		t.Errorf("%+v", p)
+	}
+}
+
+// hasty is a store that answers one question too late, or not at all for there are too many. It may take one value for no JSON that is.
+type hasty struct {
+	proxy.Store
+	fail  atomic.Pointer[error]
+	picky atomic.Bool
+}
+
+var errTooMany, errNotJSON = errors.New("too many"), errors.New("no JSON")
+
+func (h *hasty) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if err := h.fail.Swap(nil); err != nil {
+		return nil, *err
+	}
+	return h.Store.Load(ctx, refs)
+}
+
+func (h *hasty) Begin(ctx context.Context, refs []policy.Ref) (proxy.Tx, error) {
+	tx, err := h.Store.Begin(ctx, refs)
+	if err != nil {
+		return nil, err
+	}
+	return hastyTx{tx, h}, nil
+}
+
+type hastyTx struct {
+	proxy.Tx
+	h *hasty
+}
+
+func (t hastyTx) Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (int64, error) {
+	if t.h.picky.Swap(false) {
+		t.Tx.Rollback() // as after any COMMIT that fails
+		return 0, errNotJSON
+	}
+	return t.Tx.Commit(ctx, changes, journal, known, rawOnly)
+}
+
+func (h *hasty) BadData(err error) bool { return errors.Is(err, errNotJSON) || h.Store.BadData(err) }
+
+func (h *hasty) Overloaded(err error) bool {
+	return errors.Is(err, errTooMany) || h.Store.Overloaded(err)
+}
+
+func (h *hasty) Unavailable(err error) bool {
+	return !errors.Is(err, errTooMany) && h.Store.Unavailable(err)
+}
+
+// Each command is counted with its class and outcome, and each thing that is asked of a store with how long it took.
+func countsTimings(t *testing.T) {
+	w := newWorld(t)
+	store := &hasty{}
+	routes := []policy.Route{
+		{Name: "user", Match: "user:*", Phase: policy.Phase1, TTL: time.Hour, NegativeTTL: 0},
+		{Name: "two", Match: "two:*", Phase: policy.Phase2},
+		{Name: "done", Match: "done:*", Phase: policy.Phase3},
+	}
+	s := w.start(sidecarOptions{routes: routes, store: func(s proxy.Store) proxy.Store { store.Store = s; return store },
+		change: func(c *proxy.ServerConfig) { c.Deny = []string{"debug"} }})
+	c := s.dial(t)
+	before := s.scrape(t)
+	rise := func(name string, want float64) {
+		t.Helper()
+		after := s.scrape(t)
+		if got := after["cacheproxy_"+name] - before["cacheproxy_"+name]; got != want {
+			t.Errorf("%s has risen by %v, want %v", name, got, want)
+		}
+	}
+	commands := func(class, outcome string) string {
+		return `commands_total{class="` + class + `",outcome="` + outcome + `"}`
+	}
+	type step struct {
+		class, outcome, want string
+		args                 []string
+	}
+	for _, st := range []step{
+		{"write", "ok", "+OK", []string{"SET", "user:1", "v"}},
+		{"read", "ok", "v", []string{"GET", "user:1"}},
+		{"write", "error", "-ERR value is not an integer or out of range", []string{"INCR", "user:1"}},
+		{"generic", "ok", ":2", []string{"SETRANGE", "user:1", "1", "x"}},
+		{"generic", "ok", ":1", []string{"LPUSH", "user:list", "x"}},
+		{"read", "error", "-WRONGTYPE Operation against a key holding the wrong kind of value", []string{"GET", "user:list"}},
+		{"generic", "error", "-WRONGTYPE Operation against a key holding the wrong kind of value", []string{"HGET", "user:1", "f"}},
+		{"plain", "ok", "+OK", []string{"SET", "elsewhere", "v"}},
+		{"plain", "error", "-ERR value is not an integer or out of range", []string{"INCR", "elsewhere"}},
+		{"plain", "ok", "+PONG", []string{"PING"}},
+		{"write", "ok", "+OK", []string{"SET", "two:1", "v"}},
+		{"other", "ok", "+OK", []string{"CLIENT", "SETNAME", "me"}},
+		{"other", "error", "-ERR DB index is out of range", []string{"SELECT", "99"}},
+		{"plain", "ok", ":1", []string{"LPUSH", "queue", "x"}},
+		{"blocking", "ok", "[queue x]", []string{"BLPOP", "queue", "9"}},
+		{"blocking", "error", "-WRONGTYPE Operation against a key holding the wrong kind of value", []string{"BLPOP", "user:1", "9"}},
+	} {
+		before = s.scrape(t)
+		c.want(st.want, st.args...)
+		rise(commands(st.class, st.outcome), 1)
+		if st.class != "blocking" {
+			rise(`command_duration_seconds_count{class="`+st.class+`"}`, 1)
+		}
+		sum := `cacheproxy_command_duration_seconds_sum{class="` + st.class + `"}`
+		if after := s.scrape(t); after[sum] < before[sum] {
+			t.Errorf("%v took a negative time", st.args)
+		}
+	}
+	if _, timed := s.scrape(t)[`cacheproxy_command_duration_seconds_count{class="blocking"}`]; timed {
+		t.Error("to wait for an event is timed")
+	}
+	before = s.scrape(t)
+	if got := c.do("DEBUG", "JMAP"); !strings.HasPrefix(got, "-DENIED") {
+		t.Errorf("DEBUG answers %q", got)
+	}
+	rise(commands("other", "refused"), 1)
+
+	before = s.scrape(t)
+	store.picky.Store(true)
+	c.want("+OK", "SET", "user:odd", `{"a":1}`)
+	rise(`stored_raw_only_total`, 1)
+
+	// What Postgres is asked for.
+	w.raw.want(":1", "DEL", "user:1")
+	before = s.scrape(t)
+	c.want("vx", "GET", "user:1")
+	rise(`fallback_requests_total{result="found"}`, 1)
+	rise(`fallback_duration_seconds_count`, 1)
+	rise(`upstream_duration_seconds_count{operation="promote",upstream="redis"}`, 1)
+	rise(`upstream_duration_seconds_count{operation="read",upstream="postgres"}`, 1)
+	before = s.scrape(t)
+	c.want("(nil)", "GET", "user:2")
+	rise(`fallback_requests_total{result="absent"}`, 1)
+	for result, err := range map[string]error{"shed": errTooMany, "timeout": context.DeadlineExceeded, "error": errors.New("of no kind")} {
+		before = s.scrape(t)
+		store.fail.Store(&err)
+		c.do("GET", "user:2")
+		rise(`fallback_requests_total{result="`+result+`"}`, 1)
+		w.until("the store is up", func() bool { return s.srv.Health().Postgres.Status == "connected" })
+	}
+	if s.metric(t, `shed_total`) == 0 {
+		t.Error("nothing was shed")
+	}
+
+	// Reads that Redis alone answers are counted as well.
+	c.want("+OK", "SET", "done:1", "v")
+	before = s.scrape(t)
+	c.want("v", "GET", "done:1")
+	c.want("(nil)", "GET", "done:2")
+	c.want("[v (nil) (nil)]", "MGET", "done:1", "done:2", "done:3")
+	c.want(":1", "EXISTS", "done:1", "done:2")
+	rise(`reads_total{outcome="hit",route="done",source="redis"}`, 3)
+	rise(`reads_total{outcome="miss",route="done",source="none"}`, 4)
+
+	// What is no command.
+	before = s.scrape(t)
+	for _, first := range []string{"", "PING\r\n"} {
+		bad := s.dial(t)
+		if _, err := bad.Write([]byte(first + "*1\r\n!\r\n")); err != nil {
+			t.Fatal(err)
+		}
+		if first != "" {
+			if got, err := bad.read(); err != nil || got != "+PONG" {
+				t.Errorf("PING answers %q, %v", got, err)
+			}
+		}
+		bad.over()
+	}
+	rise(`downstream_protocol_errors_total`, 2)
+
+	// A refusal of each class.
+	if err := w.redis.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	for class, args := range map[string][]string{
+		"read": {"GET", "done:1"}, "write": {"SET", "two:1", "v"}, "generic": {"SETRANGE", "user:1", "0", "x"}, "plain": {"GET", "elsewhere"},
+		"blocking": {"BLPOP", "queue", "1"},
+	} {
+		before = s.scrape(t)
+		if got := c.do(args...); !strings.HasPrefix(got, "-U") {
+			t.Errorf("%v answers %q", args, got)
+		}
+		if class != "blocking" {
+			rise(commands(class, "refused"), 1)
+		}
 	}
 }
 

@@ -89,10 +89,10 @@ func newEngine(cfg Config, store Store) (*engine, error) {
 		return nil, err
 	}
 	e := &engine{cfg: cfg, id: cfg.Instance, log: cfg.Log, stats: newCounters()}
-	e.up = newUpstream(d, cfg.Redis.Timeout, cfg.Probe, cfg.ProbeMax, cfg.Redis.Connections, cfg.Log)
+	e.up = newUpstream(d, cfg.Redis.Timeout, cfg.Probe, cfg.ProbeMax, cfg.Redis.Connections, &e.stats.took, cfg.Log)
 	e.up.recover = e.recover
 	e.up.trustedAgain = func() { e.journal.kick() }
-	e.store = newStoreGuard(store, &e.clocks.store, cfg.Log)
+	e.store = newStoreGuard(store, &e.clocks.store, e.stats, cfg.Log)
 	e.journal = newJournal(e)
 	e.fill = newFiller(e)
 	e.write = newWriter(e)

@@ -40,6 +40,7 @@ type load struct {
 	ref     policy.Ref
 	route   *policy.Route
 	direct  bool      // Redis is not asked: phase0, a stale copy, an outage
+	since   int64     // when it was first asked for, monotonic
 	again   time.Time // when it first began again because both journals name the key; zero: never
 	waiters []func(answer)
 }
@@ -96,11 +97,12 @@ func (f *filler) get(ref policy.Ref, route *policy.Route, direct bool, done func
 	if len(f.loads) >= maxLoads {
 		f.mu.Unlock()
 		f.e.stats.shed.Add(1)
+		f.e.stats.found[foundShed].Add(1)
 		// The caller may hold its session's lock.
 		f.e.wg.Go(func() { done(answer{fail: unavailable(route, "too many reads wait for the store")}) })
 		return
 	}
-	l := &load{ref: ref, route: route, direct: direct, waiters: []func(answer){done}}
+	l := &load{ref: ref, route: route, direct: direct, since: monotonic(), waiters: []func(answer){done}}
 	f.loads[name] = l
 	f.queue = append(f.queue, l)
 	f.mu.Unlock()
@@ -130,7 +132,7 @@ func (f *filler) finish(l *load, a answer, upto int) {
 	f.mu.Lock()
 	now, later := l.waiters[:upto:upto], l.waiters[upto:]
 	if len(later) > 0 {
-		next := &load{ref: l.ref, route: l.route, direct: l.direct, waiters: later}
+		next := &load{ref: l.ref, route: l.route, direct: l.direct, since: monotonic(), waiters: later}
 		f.loads[name] = next
 		f.queue = append(f.queue, next)
 	} else {
@@ -139,6 +141,9 @@ func (f *filler) finish(l *load, a answer, upto int) {
 	f.mu.Unlock()
 	if len(later) > 0 {
 		f.kick()
+	}
+	if len(now) > 0 {
+		f.e.stats.fallback.since(l.since)
 	}
 	for _, done := range now {
 		done(a)

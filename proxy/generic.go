@@ -1040,7 +1040,7 @@ var (
 	// client that watches it would see it change. ARGV: number, then per key "1" if its truth is the store, its row ("0" none, "1"
 	// live, "t" tombstone), value and when it ends (ms, -1 never). Answers what Redis has then: [1] nothing, [6] something, or [7] a value
 	// that the store lacks.
-	scriptLoad = newScript("load", `
+	scriptLoad = newScript("load", redisWrite, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -1070,7 +1070,7 @@ return r`)
 	// the command ran has a newer writer. If that one is still at work, its row is the truth and the copy goes; else what Redis
 	// holds is the newest there is, and is marked. So is a key that somebody has marked since it was loaded: it must not leave Redis, where absent and
 	// marked means deleted. ARGV: number, token, lease ms, version.
-	scriptCapture = newScript("capture", `
+	scriptCapture = newScript("capture", redisWrite, `
 local n = tonumber(ARGV[1])
 local r, newer = {}, {}
 for i = 2, #KEYS, 2 do
@@ -1100,7 +1100,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptOvertake: marks the keys of a command whose truth is Redis. ARGV: number, version, lease ms.
-	scriptOvertake = newScript("overtake", `
+	scriptOvertake = newScript("overtake", redisInvalidate, `
 local n = tonumber(ARGV[1])
 for i = 2, #KEYS, 2 do
   local f = get(KEYS[i+1])

@@ -58,11 +58,12 @@ type guardListener struct {
 	net.Listener
 	lim        limits
 	maxClients int // static; 0 means no limit
-	logf       func(format string, args ...any)
+	failing    func(err error, again time.Duration)
 
 	open     atomic.Int64 // connections accepted and not closed
 	admitted atomic.Int64 // connections accepted
 	rejected atomic.Int64 // connections closed because of maxClients
+	broken   atomic.Int64 // connections closed because the first thing they brought was no command
 
 	closing sync.Once
 	closed  chan struct{} // closed by Close: ends the wait of a back-off
@@ -71,16 +72,17 @@ type guardListener struct {
 
 // newGuard returns a listener that accepts from ln, which it owns, and which
 // may be a TLS listener. maxClients is the most connections open at a time, 0
-// for no limit. logf, if not nil, is told why accepting fails.
-func newGuard(ln net.Listener, lim limits, maxClients int, logf func(format string, args ...any)) *guardListener {
-	if logf == nil {
-		logf = func(string, ...any) {}
+// for no limit. failing, if not nil, is told why accepting fails and when
+// it is tried again.
+func newGuard(ln net.Listener, lim limits, maxClients int, failing func(err error, again time.Duration)) *guardListener {
+	if failing == nil {
+		failing = func(error, time.Duration) {}
 	}
 	return &guardListener{
 		Listener:   ln,
 		lim:        lim.withDefaults(),
 		maxClients: maxClients,
-		logf:       logf,
+		failing:    failing,
 		closed:     make(chan struct{}),
 	}
 }
@@ -104,7 +106,7 @@ func (g *guardListener) Accept() (net.Conn, error) {
 			return nil, err
 		default:
 			wait = min(max(2*wait, minBackoff), maxBackoff)
-			g.logf("accept: %v; trying again in %v", err, wait)
+			g.failing(err, wait)
 			if !g.sleep(wait) {
 				return nil, net.ErrClosed
 			}
@@ -146,6 +148,9 @@ func (g *guardListener) Close() error {
 func (g *guardListener) clients() int    { return int(g.open.Load()) }
 func (g *guardListener) accepted() int64 { return g.admitted.Load() }
 func (g *guardListener) refused() int64  { return g.rejected.Load() }
+
+// violations returns how many clients broke the protocol before their first command.
+func (g *guardListener) violations() int64 { return g.broken.Load() }
 
 // admit counts one more client, or refuses.
 func (g *guardListener) admit() bool {
@@ -246,6 +251,7 @@ func (c *guardConn) hangUp(err error) error {
 	if !errors.As(err, &violation) {
 		return err
 	}
+	c.guard.broken.Add(1)
 	if text := violation.reply(); text != "" {
 		_ = c.SetWriteDeadline(time.Now().Add(farewell))
 		_, _ = io.WriteString(c.Conn, text)

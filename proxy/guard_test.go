@@ -48,7 +48,7 @@ type guardSession interface {
 func guardServer(t testing.TB, ln net.Listener, lim limits, maxClients int, open func() guardSession) *guarded {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
-	g := &guarded{guard: newGuard(ln, lim, maxClients, t.Logf), addr: ln.Addr().String()}
+	g := &guarded{guard: newGuard(ln, lim, maxClients, func(err error, _ time.Duration) { t.Log(err) }), addr: ln.Addr().String()}
 	var sessions sync.WaitGroup
 	srv := redcon.NewServer("", func(conn redcon.Conn, first redcon.Command) {
 		if n := len(conn.PeekPipeline()); n != 0 {
@@ -430,7 +430,7 @@ func TestGuardBackoff(t *testing.T) {
 	}
 	ln := &scriptedListener{steps: []func() (net.Conn, error){emfile, emfile, emfile, func() (net.Conn, error) { return conn, nil }}, closed: make(chan struct{})}
 	var said []string
-	g := newGuard(ln, limits{}, 0, func(f string, a ...any) { said = append(said, fmt.Sprintf(f, a...)) })
+	g := newGuard(ln, limits{}, 0, func(err error, again time.Duration) { said = append(said, fmt.Sprintf("%v, again in %v", err, again)) })
 	c, err := g.Accept()
 	if err != nil || g.clients() != 1 {
 		t.Fatal(err, g.clients())
@@ -447,7 +447,7 @@ func TestGuardBackoff(t *testing.T) {
 	// Close ends the wait of a back-off, however long.
 	failing := &scriptedListener{closed: make(chan struct{}), steps: slices.Repeat([]func() (net.Conn, error){emfile}, 1000)}
 	waiting := make(chan struct{}, 1000)
-	g = newGuard(failing, limits{}, 0, func(string, ...any) { waiting <- struct{}{} })
+	g = newGuard(failing, limits{}, 0, func(error, time.Duration) { waiting <- struct{}{} })
 	done := make(chan error, 1)
 	go func() { _, err := g.Accept(); done <- err }()
 	<-waiting

@@ -84,6 +84,7 @@ func (s *Server) appendInfo(b []byte) []byte {
 	line("proxy_connected_clients", st.Proxy.Clients)
 	line("proxy_accepted_connections", st.Proxy.ClientsAccepted)
 	line("proxy_rejected_connections", st.Proxy.ClientsRefused)
+	line("proxy_protocol_errors", st.Proxy.ProtocolErrors)
 	line("proxy_commands_processed", st.Proxy.Commands)
 	line("proxy_commands_unrouted", st.Proxy.Unrouted)
 	line("proxy_commands_denied", st.Proxy.Denied)

@@ -70,6 +70,7 @@ type lane struct {
 	asked   time.Time    // guarded by mu: since when something that the socket was given has waited
 	silent  time.Time    // guarded by mu: when deaf first suspected it
 	heard   atomic.Int64 // when Redis last said something here, or took a piece of a large value, Unix ns
+	said    atomic.Int64 // when what is being delivered was read, monotonic
 	working atomic.Bool  // what it said is being delivered
 	busy    atomic.Int64 // heard, when keepAwake was told that a script is running
 	done    sync.WaitGroup
@@ -503,13 +504,20 @@ func (l *lane) behind() bool {
 // alive: Redis has said or taken something lately.
 func (l *lane) alive(now time.Time) bool { return now.UnixNano()-l.heard.Load() < int64(quiet) }
 
+// hear looks at the clock for what has just been read.
+func (l *lane) hear() {
+	now := time.Now()
+	l.heard.Store(now.UnixNano())
+	l.said.Store(int64(now.Sub(processStart)))
+}
+
 // read is the goroutine that takes what comes on one connection.
 func (l *lane) read(c net.Conn, gen uint64) {
 	defer l.done.Done()
 	in := newIntake(l, gen)
 	for {
 		n, err := c.Read(in.room())
-		l.heard.Store(time.Now().UnixNano())
+		l.hear()
 		l.working.Store(true)
 		more, ferr := in.took(n)
 		l.working.Store(false)

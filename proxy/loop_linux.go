@@ -5,10 +5,11 @@ import (
 	"io"
 	"net"
 	"runtime"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"cacheproxy/internal/said"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -39,6 +40,7 @@ type loop struct {
 	polled []polled                   // by file descriptor
 	spins  bool                       // to look before the next sleep has been worth it
 	alone  int                        // for so many turns there has been one event at most
+	woke   int64                      // when the turn began, monotonic
 	timed  map[*polledClient]struct{} // those that a time matters to
 }
 
@@ -76,6 +78,7 @@ func (l *loop) run() {
 		if err != nil {
 			l.log.Error("epoll failed", zap.Error(err)) // no error of it is to be expected
 		}
+		l.woke = monotonic()
 		for i := range events {
 			if fd := int(events[i].Fd); fd < len(l.polled) && l.polled[fd] != nil {
 				l.polled[fd].ready(events[i].Events)
@@ -214,7 +217,7 @@ func (l *loop) flushEarly() {
 func (l *loop) contained(f func()) {
 	defer func() {
 		if p := recover(); p != nil {
-			l.log.Error("an event loop panicked", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+			l.log.Error("an event loop panicked", said.Panic(p)...)
 		}
 	}()
 	f()
@@ -374,6 +377,7 @@ func (ev *polledClient) start(first command) {
 			ev.fail()
 			return
 		}
+		c.sess.now = ev.l.woke
 		c.sess.feed(first)
 		ev.in.setAuthenticated(c.sess.authed)
 		ev.feed()
@@ -396,7 +400,7 @@ func (ev *polledClient) changed() {
 // contain ends a client, not the process, when what it says makes a session panic. Caller holds c.mu.
 func (ev *polledClient) contain() {
 	if p := recover(); p != nil {
-		ev.l.log.Error("a session panicked", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+		ev.l.log.Error("a session panicked", said.Panic(p)...)
 		ev.fail()
 		ev.changed()
 	}
@@ -461,6 +465,7 @@ func (ev *polledClient) read() (n int) {
 // feed gives the session the commands that are here and that it has room for. Caller holds c.mu.
 func (ev *polledClient) feed() {
 	s := ev.c.sess
+	s.now = ev.l.woke
 	for !ev.ended && !s.full() {
 		cmd, ok, err := ev.in.next()
 		if err != nil {
@@ -731,7 +736,7 @@ func (p *polledLane) unread() bool { return unreadFD(p.fd) }
 func (p *polledLane) ready(events uint32) {
 	defer func() {
 		if r := recover(); r != nil {
-			p.l.log.Error("a lane panicked", zap.Any("panic", r), zap.ByteString("stack", debug.Stack()))
+			p.l.log.Error("a lane panicked", said.Panic(r)...)
 			p.la.lost(p.gen, errLaneDown)
 		}
 	}()
@@ -751,7 +756,7 @@ func (p *polledLane) ready(events uint32) {
 	case n == 0:
 		err = io.EOF
 	}
-	p.la.heard.Store(time.Now().UnixNano())
+	p.la.hear()
 	if n > 0 {
 		p.la.working.Store(true)
 		_, err = p.in.took(n)

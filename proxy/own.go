@@ -474,6 +474,7 @@ type SelfStats struct {
 	Clients           int   `json:"clients"`
 	ClientsAccepted   int64 `json:"clients_accepted"`
 	ClientsRefused    int64 `json:"clients_refused"`
+	ProtocolErrors    int64 `json:"protocol_errors"`
 	UptimeSeconds     int64 `json:"uptime_seconds"`
 	Commands          int64 `json:"commands"`
 	Unrouted          int64 `json:"unrouted"`
@@ -555,11 +556,12 @@ func (s *Server) Figures() Stats {
 	c := e.stats
 	out.Journal = e.journal.state()
 	out.Journal.Repairs = c.repaired()
-	out.Proxy = SelfStats{Clients: s.Clients(), UptimeSeconds: int64(time.Since(s.start).Seconds()), Commands: c.commands.Load(), Unrouted: c.unrouted.Load(), Denied: c.denied.Load(),
+	out.Proxy = SelfStats{Clients: s.Clients(), ProtocolErrors: c.protocolErrors.Load(), UptimeSeconds: int64(time.Since(s.start).Seconds()), Commands: c.commands.Load(), Unrouted: c.unrouted.Load(), Denied: c.denied.Load(),
 		Promotions: c.promotions.Load(), PromotionsRefused: c.refusedPromotions.Load(), PromotionsFailed: c.failedPromotions.Load(),
 		LostLeases: c.lostLeases.Load(), Shed: c.shed.Load(), Uncertain: c.uncertain.Load(), Fences: c.fences.Load(), NumbersLifted: c.lifts.Load(), StoredRaw: c.rawOnly.Load(), Draining: s.drain.Load()}
 	if g := s.guard.Load(); g != nil {
 		out.Proxy.ClientsAccepted, out.Proxy.ClientsRefused = g.accepted(), g.refused()
+		out.Proxy.ProtocolErrors += g.violations()
 	}
 	return out
 }

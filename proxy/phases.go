@@ -3,10 +3,10 @@ package proxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strconv"
 	"time"
 
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
 
 	"go.uber.org/zap"
@@ -29,7 +29,7 @@ func (e *engine) enter(ctx context.Context, before, next *policy.Router, force b
 		}
 		if !e.usesStore() {
 			if r.Phase.Rules().UsesStore {
-				return errors.New("the process was started without postgres.url: set it and restart to use a phase that has a store")
+				return said.Sentence("the process was started without postgres.url: set it and restart to use a phase that has a store")
 			}
 			continue
 		}
@@ -39,7 +39,7 @@ func (e *engine) enter(ctx context.Context, before, next *policy.Router, force b
 			}
 		}
 		if err := e.store.Register(ctx, r.Name, r.Phase.String()); err != nil {
-			return errors.Join(errors.New("the phase cannot be registered in postgres"), e.store.note("register", err))
+			return errors.Join(said.Sentence("the phase cannot be registered in postgres"), e.store.note("register", err))
 		}
 		if known && r.Phase.Rules().ReadsStore && !old.Rules().ReadsStore {
 			if err := e.fenceRoute(ctx, r.Name); err != nil {
@@ -79,7 +79,7 @@ func usesStore(router *policy.Router) bool {
 // fenceRoute makes the rows of a route dead, and forgets the phases that had missed writes.
 func (e *engine) fenceRoute(ctx context.Context, route string) error {
 	if err := e.store.Fence(ctx, route, func(context.Context) error { return nil }); err != nil {
-		return errors.Join(errors.New("the store cannot be fenced"), e.store.note("fence", err))
+		return errors.Join(said.Sentence("the store cannot be fenced"), e.store.note("fence", err))
 	}
 	e.stats.fences.Add(1)
 	for _, p := range policy.Phases() {
@@ -88,7 +88,7 @@ func (e *engine) fenceRoute(ctx context.Context, route string) error {
 		}
 		// If this fails, the next start fences once more than it must.
 		if err := e.store.Forget(ctx, route, p.String()); err != nil {
-			return errors.Join(errors.New("the phase cannot be forgotten in postgres"), e.store.note("forget", err))
+			return errors.Join(said.Sentence("the phase cannot be forgotten in postgres"), e.store.note("forget", err))
 		}
 	}
 	return nil
@@ -135,11 +135,11 @@ func (e *engine) nothingOnlyInRedis(ctx context.Context, router *policy.Router, 
 	for cursor := "0"; ; {
 		frame, err := e.up.do(ctx, "SCAN", cursor, "COUNT", "1000", "TYPE", "string")
 		if err != nil {
-			return errors.Join(errors.New("redis cannot be asked for keys that only it has"), err)
+			return errors.Join(said.Sentence("redis cannot be asked for keys that only it has"), err)
 		}
 		cols, _ := elements(frame, nil)
 		if len(cols) != 2 {
-			return errors.New("redis answered SCAN out of shape")
+			return said.Sentence("redis answered SCAN out of shape")
 		}
 		next, _ := bulk(cols[0])
 		names, _ := elements(cols[1], nil)
@@ -151,12 +151,12 @@ func (e *engine) nothingOnlyInRedis(ctx context.Context, router *policy.Router, 
 			}
 		}
 		if seen += len(names); seen > maxBackScan {
-			return errors.New("redis has more than " + strconv.Itoa(maxBackScan) + " keys: too many to compare here")
+			return said.Sentence("redis has more than " + strconv.Itoa(maxBackScan) + " keys: too many to compare here")
 		}
 		if len(refs) > 0 {
 			rows, err := e.store.load(ctx, refs)
 			if err != nil {
-				return errors.Join(errors.New("postgres cannot be asked for its keys"), err)
+				return errors.Join(said.Sentence("postgres cannot be asked for its keys"), err)
 			}
 			for _, row := range rows {
 				if row.State == policy.Absent {
@@ -169,7 +169,7 @@ func (e *engine) nothingOnlyInRedis(ctx context.Context, router *policy.Router, 
 		}
 	}
 	if only > 0 {
-		return fmt.Errorf("%d keys of the route are only in Redis and would no longer be seen: copy them with `cacheproxy migrate --reverse`, or let them expire", only)
+		return said.Sentence(strconv.Itoa(only) + " keys of the route are only in Redis and would no longer be seen: copy them with `cacheproxy migrate --reverse`, or let them expire")
 	}
 	return nil
 }

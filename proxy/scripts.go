@@ -97,13 +97,16 @@ local function kind(K) return redis.call('TYPE', K)['ok'] end
 `
 
 // script is a server-side script; the group's keys come in pairs (K, lease(K)) after the journal.
-type script struct{ body, sha string }
+type script struct {
+	body, sha string
+	op        operation // as what it is counted
+}
 
 // newScript makes a script; its name stands in its first line, for whoever looks at what runs.
-func newScript(name, body string) *script {
+func newScript(name string, op operation, body string) *script {
 	body = "-- " + name + "\n" + prelude + body
 	sum := sha1.Sum([]byte(body)) //nolint:gosec // as above
-	return &script{body, hex.EncodeToString(sum[:])}
+	return &script{body, hex.EncodeToString(sum[:]), op}
 }
 
 // What the scripts answer for a key: a closed list.
@@ -125,7 +128,7 @@ var (
 	//
 	//	1 FLUSHALL has emptied Redis    2 a reader takes the lease and reads a row    3 the rows are dead, and FLUSHALL is answered
 	//	4 the reader promotes the row, and without one Redis is taken for the only holder
-	scriptGrant = newScript("grant", `
+	scriptGrant = newScript("grant", redisLook, `
 local closed = redis.call('EXISTS', '`+closedName+`') == 1
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -143,7 +146,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptPromote: the store's values. ARGV: token, then per key value and when it ends (ms, -1 never).
-	scriptPromote = newScript("promote", `
+	scriptPromote = newScript("promote", redisPromote, `
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
@@ -156,7 +159,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptAbsent: the store has no row. ARGV: token, ms to remember it.
-	scriptAbsent = newScript("absent", `
+	scriptAbsent = newScript("absent", redisLook, `
 local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
@@ -177,7 +180,7 @@ return r`)
 	// scriptInvalidate: step 2 of a write in phase0 and phase1. ARGV: number, token, lease ms, then per key its row: "0" none, "1" live,
 	// "t" tombstone, "j" live and to be told what Redis had. A key that holds no string stays unless a live row speaks against it: a tombstone only says that the string
 	// is gone, and a list may have been made since. A number that is there already is another writer's: Postgres gave it twice, having forgotten it in a crash.
-	scriptInvalidate = newScript("invalidate", `
+	scriptInvalidate = newScript("invalidate", redisInvalidate, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -205,7 +208,7 @@ end
 return r`)
 	// scriptFill: step 4. ARGV: number, token, lease ms, then per key op ("s" set, "d" delete, "n" delete, and tell clients that keep
 	// copies of their own that it has changed although it is not there, "x" release only), value, ms, absolute.
-	scriptFill = newScript("fill", `
+	scriptFill = newScript("fill", redisWrite, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -231,7 +234,7 @@ end
 return r`)
 	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock). Of a key that is absent it says
 	// whether a writer has the lease, and of each the highest number.
-	scriptRead = newScript("read", `
+	scriptRead = newScript("read", redisLook, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -249,7 +252,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptSize counts the keys that are not ours. SCAN comes first: it removes keys of ours that have expired, and DBSIZE counts those.
-	scriptSize = newScript("size", `
+	scriptSize = newScript("size", redisLook, `
 local cursor, own = '0', 0
 repeat
   local page = redis.call('SCAN', cursor, 'MATCH', 'cacheproxy:*', 'COUNT', 1000)
@@ -258,12 +261,12 @@ until cursor == '0'
 return redis.call('DBSIZE') - own`)
 
 	// scriptWeigh tells how many bytes the keys take.
-	scriptWeigh = newScript("weigh", `
+	scriptWeigh = newScript("weigh", redisRepair, `
 local r = {}
 for i = 2, #KEYS, 2 do r[#r+1] = {1, '', redis.call('MEMORY', 'USAGE', KEYS[i]) or 0} end
 return r`)
 	// scriptLook is scriptRead without the values.
-	scriptLook = newScript("look", `
+	scriptLook = newScript("look", redisRepair, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -285,7 +288,7 @@ return r`)
 	//
 	//	1 cut off from Postgres, we read that k is absent, and marked as deleted    2 others repair it, write it, delete it, and that row is the truth
 	//	3 we write what we have computed from what is long gone
-	scriptWrite = newScript("write", `
+	scriptWrite = newScript("write", redisWrite, `
 local n = tonumber(ARGV[1])
 local r, ok = {}, true
 for i = 2, #KEYS, 2 do
@@ -318,7 +321,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptStrike: the store has caught up. ARGV: number, version.
-	scriptStrike = newScript("strike", `
+	scriptStrike = newScript("strike", redisRepair, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -335,7 +338,7 @@ return r`)
 	// scriptRepair: Redis is stale and the store has a row: delete K. ARGV: number, force ("1": K's mark goes too, the store is
 	// right; "0": leave a marked K alone), types ("1": only a string is older than the row). In the place of a moment it answers how many marks
 	// went, 0 or 1.
-	scriptRepair = newScript("repair", `
+	scriptRepair = newScript("repair", redisRepair, `
 local n = tonumber(ARGV[1])
 local r = {}
 for i = 2, #KEYS, 2 do
@@ -356,7 +359,7 @@ return r`)
 	// scriptPoll: the journal's state, and Postgres's time beside it. The clock names the data set it was written into
 	// ("<ms> <run id> <replication id>"): whoever finds another one there knows that Redis has been restarted or replaced since.
 	// ARGV: Postgres's time in ms or "", a new anchor, the anchor's field, data set. Answers [anchor, marks, clock before].
-	scriptPoll = newScript("poll", `
+	scriptPoll = newScript("poll", redisPoll, `
 local c = redis.call('GET', KEYS[2]) or ''
 redis.call('HSETNX', J, ARGV[3], ARGV[2])
 if ARGV[1] ~= '' and ARGV[4] ~= '' then
@@ -366,7 +369,7 @@ end
 return {redis.call('HGET', J, ARGV[3]), redis.call('HLEN', J) - 1, c}`)
 	// scriptMark puts marks back that Redis lost. ARGV: version per key. A mark of somebody else stays. A key that is absent gets none: somebody may have repaired it
 	// since, and absent and marked it would read as deleted.
-	scriptMark = newScript("mark", `
+	scriptMark = newScript("mark", redisRepair, `
 local r = {}
 for i = 2, #KEYS, 2 do
   if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSETNX', J, KEYS[i], ARGV[i/2]) end
@@ -375,7 +378,7 @@ end
 return r`)
 
 	// scriptOpen ends what closedName began. ARGV: its value.
-	scriptOpen = newScript("open", `
+	scriptOpen = newScript("open", redisCommand, `
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 return 1`)
 
@@ -449,7 +452,7 @@ func keyReplies(frame []byte, n int) ([]keyReply, error) {
 
 // eval runs a script by its digest.
 func (u *upstream) eval(ctx context.Context, s *script, args func([]string) []string) ([]byte, error) {
-	return s.eval(args, func(args ...string) ([]byte, error) { return u.do(ctx, args...) })
+	return s.eval(args, func(args ...string) ([]byte, error) { return u.timed(ctx, s.op, appendCommand(nil, args...)) })
 }
 
 // eval runs a script by its digest. A client's SCRIPT FLUSH makes Redis forget it; NOSCRIPT means that nothing ran,

@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
 
 	"github.com/tidwall/redcon"
@@ -109,8 +109,8 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		s.cfg.MaxClients = n
 	}
 
-	g := newGuard(ln, limits{buffer: s.cfg.MaxQuery, auth: s.cfg.Password != ""}, s.cfg.MaxClients, func(format string, args ...any) {
-		s.log.Sugar().Warnf(format, args...)
+	g := newGuard(ln, limits{buffer: s.cfg.MaxQuery, auth: s.cfg.Password != ""}, s.cfg.MaxClients, func(err error, again time.Duration) {
+		s.log.Warn("no client can be accepted", zap.Error(err), zap.Duration("again_in", again))
 	})
 	s.guard.Store(g)
 	h := &handover{guardListener: g, waiting: map[*waiter]struct{}{}}
@@ -388,7 +388,7 @@ func (c *client) read(cmd command) {
 	defer c.s.wg.Done()
 	defer func() {
 		if p := recover(); p != nil {
-			c.s.log.Error("a session panicked", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+			c.s.log.Error("a session panicked", said.Panic(p)...)
 			c.kill()
 		}
 	}()
@@ -454,6 +454,7 @@ func (c *client) feed(cmd command) bool {
 		return false
 	}
 	c.conn.heldBack = c.conn.heldBack || waited
+	c.sess.now = monotonic()
 	c.sess.feed(cmd)
 	c.conn.setAuthenticated(c.sess.authed)
 	return true

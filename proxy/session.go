@@ -5,16 +5,14 @@ import (
 	"context"
 	"fmt"
 	"hash/maphash"
-	"runtime/debug"
 	"strconv"
 	"sync/atomic"
 	"time"
 
 	cmdtab "cacheproxy/internal/command"
+	"cacheproxy/internal/said"
 	"cacheproxy/internal/strcmd"
 	"cacheproxy/policy"
-
-	"go.uber.org/zap"
 )
 
 // session is one client's state as a machine that never blocks and does no I/O: commands come in by feed; out
@@ -55,6 +53,7 @@ type session struct {
 	walls   int     // unfinished slots that nothing may overtake
 	loose   int     // unfinished slots that may touch keys they do not name
 	out     outbox  // for the client
+	now     int64   // the last look at the clock of whoever drives the session (monotonic)
 	sending int     // bytes the driver took from out and has not sent yet
 	ending  bool    // no more commands come: close when everything is answered
 	over    bool    // and what has not begun is dropped (QUIT)
@@ -100,6 +99,9 @@ type slot struct {
 	raw     []byte   // the command, the slot's own copy
 	args    [][]byte
 	class   policy.Class
+	counts  class   // as what it is counted
+	ended   verdict // and with what
+	fed     int64   // when it came, monotonic
 	info    *cmdtab.Info
 	keys    []cmdtab.Key
 	routes  []*policy.Route // of keys; nil: not routed
@@ -118,6 +120,7 @@ type slot struct {
 	reply_  []byte
 	on      *lane  // where it was sent
 	hit     bool   // a long reply of Redis to it is a hit
+	alone   bool   // it reads keys of routes, and Redis alone answers: that is counted, and nothing else done
 	big     bool   // its key is known for long replies
 	side    bool   // it goes over the shared connection for what may keep Redis busy; once it has begun it counts in session.sided
 	again   bool   // it has been asked twice
@@ -186,6 +189,7 @@ func (s *session) blocked() bool {
 
 // farewell is the reply to a breach of the protocol: it comes after everything that was well-formed.
 func (s *session) farewell(text string) {
+	s.e.stats.protocolErrors.Add(1)
 	sl := &slot{s: s, done: true, reply_: []byte(text)}
 	s.held += len(text)
 	s.slots = append(s.slots, sl)
@@ -245,6 +249,7 @@ func (s *session) feed(cmd command) {
 		sl = &slot{s: s}
 	}
 	sl.take(cmd)
+	sl.fed = s.now
 	s.heard = s.e.up.clock.Load()
 	s.held += len(sl.raw)
 	s.slots = append(s.slots, sl)
@@ -261,6 +266,8 @@ func (sl *slot) take(cmd command) {
 	sl.routed, sl.write, sl.wall, sl.loose, sl.done = false, false, false, false, false
 	sl.blocks, sl.clear, sl.mute, sl.caching, sl.on = false, false, false, 0, nil
 	sl.side, sl.again, sl.mayAll = false, false, false
+	sl.counts, sl.ended = classOther, verdictOK
+	sl.alone = false
 	sl.reads, sl.hit, sl.big, sl.apart, sl.stream, sl.size = false, false, false, false, false, 0
 	sl.began = [3]bool{}
 	if cmd.owned {
@@ -366,6 +373,7 @@ func (s *session) dispatch(sl *slot) {
 			s.info(sl)
 			return
 		}
+		sl.counts = classPlain
 		s.forward(sl)
 	default:
 		s.keyed(sl)
@@ -518,6 +526,10 @@ func (s *session) tally(sl *slot, by int) {
 
 // keyed begins a command that names keys.
 func (s *session) keyed(sl *slot) {
+	sl.counts = classPlain
+	if sl.routed {
+		sl.counts = countedAs(sl.class)
+	}
 	if sl.info == nil {
 		s.unknown(sl)
 		return
@@ -533,6 +545,7 @@ func (s *session) keyed(sl *slot) {
 		}
 	}
 	if !store {
+		sl.alone = sl.routed && sl.class == policy.ReadThrough
 		s.plain(sl)
 		return
 	}
@@ -719,12 +732,20 @@ func (s *session) sendOn(l *lane, sl *slot, bounded bool) {
 
 // event runs f, which is what has become of sl since it had this tag. A slot that was answered otherwise has moved on.
 // All that reaches a session from another goroutine comes through here.
-func (s *session) event(sl *slot, tag uint64, f func()) {
+func (s *session) event(sl *slot, tag uint64, f func()) { s.happens(sl, tag, false, f) }
+
+// happens is event. said: it is what the slot's lane has read, and then the lane has looked at the clock already, for all that came in that read.
+func (s *session) happens(sl *slot, tag uint64, said bool, f func()) {
 	s.d.lock()
 	defer s.d.unlock()
 	defer s.survive()
 	if sl.tag != tag || sl.done {
 		return
+	}
+	if said {
+		s.now = sl.on.said.Load()
+	} else {
+		s.now = monotonic()
 	}
 	f()
 	s.settle()
@@ -733,7 +754,7 @@ func (s *session) event(sl *slot, tag uint64, f func()) {
 // reply is the lane's answer (completer).
 func (sl *slot) reply(tag uint64, frame []byte) {
 	s := sl.s
-	s.event(sl, tag, func() {
+	s.happens(sl, tag, true, func() {
 		sl.tag++
 		if sl.stream {
 			s.streamed(sl, frame)
@@ -759,6 +780,9 @@ func (sl *slot) reply(tag uint64, frame []byte) {
 				s.e.up.suspect(why)
 			}
 		}
+		if sl.alone {
+			s.countReply(sl, frame)
+		}
 		s.finish(sl, frame)
 	})
 }
@@ -767,13 +791,13 @@ func (sl *slot) reply(tag uint64, frame []byte) {
 func (sl *slot) part(tag uint64, b []byte) (taken bool) {
 	taken = true // of a slot that has moved on: it goes nowhere
 	s := sl.s
-	s.event(sl, tag, func() {
+	s.happens(sl, tag, true, func() {
 		if !sl.stream {
 			if taken = sl.streams(); !taken {
 				return
 			}
 			sl.stream, sl.reads, sl.then = true, false, nil
-			if sl.hit {
+			if sl.hit || sl.alone {
 				s.count(sl, fromRedis)
 			}
 		}
@@ -849,7 +873,7 @@ func (k *bigKeys) forget(hashes []uint64) {
 // survive ends this client, not the process, when an event on its data panics.
 func (s *session) survive() {
 	if p := recover(); p != nil {
-		s.e.log.Error("a session panicked", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+		s.e.log.Error("a session panicked", said.Panic(p)...)
 		s.cutOff()
 		s.slots, s.begun = nil, 0
 	}
@@ -1114,12 +1138,41 @@ func (s *session) compose(sl *slot) {
 	}
 	reply, _ := strcmd.Eval(sl.reply_[:0], sl.args, values, strcmd.Env{NowMS: time.Now().UnixMilli(), Proto: s.proto}, nil)
 	sl.reply_ = reply
+	sl.ended = verdictOf(reply)
 	s.close(sl)
 }
 
 // count notes a read that one source answered whole.
 func (s *session) count(sl *slot, from source) {
 	for _, r := range sl.routes {
+		if r != nil {
+			s.e.stats.route(r.Name).read(from)
+		}
+	}
+}
+
+// countReply notes what Redis alone has answered to a read of keys of routes.
+func (s *session) countReply(sl *slot, frame []byte) {
+	switch {
+	case isError(frame):
+		return
+	case !lacks(sl.args, frame):
+		s.count(sl, fromRedis)
+		return
+	}
+	var each [][]byte
+	n := int64(0) // of EXISTS, which does not tell of which: keys of one route as a rule
+	switch {
+	case foldEqual(sl.args[0], "mget"):
+		each, _ = elements(frame, nil)
+	case foldEqual(sl.args[0], "exists"):
+		n, _ = parseInt(frame)
+	}
+	for i, r := range sl.routes {
+		from := fromNone
+		if i < len(each) && !isNull(each[i]) || int64(i) < n {
+			from = fromRedis
+		}
 		if r != nil {
 			s.e.stats.route(r.Name).read(from)
 		}
@@ -1403,6 +1456,7 @@ func (s *session) answerClear(sl *slot, c *refusal) {
 		s.e.stats.route(r.Name).refused.Add(1)
 	}
 	sl.reply_ = c.reply(sl.reply_[:0])
+	sl.ended = verdictRefused
 	s.close(sl)
 }
 
@@ -1411,6 +1465,7 @@ func (s *session) finish(sl *slot, frame []byte) {
 	if sl.done {
 		return
 	}
+	sl.ended = verdictOf(frame)
 	if len(s.slots) > 0 && s.slots[0] == sl && !s.over {
 		// Nobody is to be answered before it: it need not wait in the slot for its turn.
 		s.passOn(sl)
@@ -1435,6 +1490,21 @@ func (s *session) close(sl *slot) {
 		s.sided--
 	}
 	s.held += len(sl.reply_)
+	if sl.blocks {
+		sl.counts = classBlocking
+	}
+	s.shared.times.answered(sl.counts, sl.ended, s.now-sl.fed)
+}
+
+// countedAs is what a command on keys of routes is counted as.
+func countedAs(c policy.Class) class {
+	switch c {
+	case policy.ReadThrough:
+		return classRead
+	case policy.Write:
+		return classWrite
+	}
+	return classGeneric
 }
 
 // settle moves finished replies to the client in order, and begins what waited for them.

@@ -3,14 +3,12 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"runtime/debug"
 	"strconv"
 	"strings"
 
 	cmdtab "cacheproxy/internal/command"
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
-
-	"go.uber.org/zap"
 )
 
 // credentials are those of a client that authenticated as somebody else than the proxy itself.
@@ -24,7 +22,7 @@ func allowedBeforeAuth(name []byte) bool {
 func (s *session) contained(f func() []byte) (reply []byte) {
 	defer func() {
 		if p := recover(); p != nil {
-			s.e.log.Error("a command panicked", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+			s.e.log.Error("a command panicked", said.Panic(p)...)
 			reply = []byte("-ERR internal error\r\n")
 		}
 	}()

@@ -16,6 +16,10 @@ type counters struct {
 	repairs                                         [causes]atomic.Int64 // keys
 	routes                                          sync.Map             // route's name: *routeStat; asked for every command, and hardly ever added to
 	began                                           sync.Map             // route's name: what stood here when it entered its phase
+	protocolErrors                                  atomic.Int64
+	took                                            [operations]histogram
+	fallback                                        histogram // from a miss until its load is over
+	found                                           [foundings]atomic.Int64
 	mu                                              sync.Mutex
 	redisErrors                                     map[outage]int64 // guarded by mu
 }

@@ -106,6 +106,7 @@ var errStoreDown = errors.New("postgres is down")
 type storeGuard struct {
 	Store
 	clock *offset
+	stats *counters
 	log   *zap.Logger
 	up    atomic.Bool
 	mu    sync.Mutex
@@ -115,8 +116,8 @@ type storeGuard struct {
 	wake  chan struct{}
 }
 
-func newStoreGuard(s Store, clock *offset, log *zap.Logger) *storeGuard {
-	return &storeGuard{Store: s, clock: clock, log: log, since: time.Now(), wake: make(chan struct{}, 1)}
+func newStoreGuard(s Store, clock *offset, stats *counters, log *zap.Logger) *storeGuard {
+	return &storeGuard{Store: s, clock: clock, stats: stats, log: log, since: time.Now(), wake: make(chan struct{}, 1)}
 }
 
 // note opens the breaker if err says that the store cannot be had, and returns err.
@@ -158,8 +159,9 @@ func (g *storeGuard) ok() {
 
 // Poll is the store's, and a look at its clock.
 func (g *storeGuard) Poll(ctx context.Context, after int64) (StorePoll, error) {
-	asked := localNow()
+	asked, began := localNow(), monotonic()
 	p, err := g.Store.Poll(ctx, after)
+	g.took(storePoll, began, err)
 	if err == nil {
 		g.clock.saw(asked, localNow(), p.Now.UnixMicro())
 	}
@@ -171,9 +173,13 @@ func (g *storeGuard) load(ctx context.Context, refs []policy.Ref) ([]policy.Row,
 		return nil, err // the caller's time is over, which says nothing about the store
 	}
 	if !g.up.Load() {
+		g.stats.found[foundError].Add(int64(len(refs)))
 		return nil, errStoreDown
 	}
+	began := monotonic()
 	rows, err := g.Load(ctx, refs)
+	g.took(storeRead, began, err)
+	g.found(refs, rows, err)
 	return rows, g.note("read", err)
 }
 
@@ -184,8 +190,10 @@ func (g *storeGuard) begin(ctx context.Context, refs []policy.Ref) (Tx, error) {
 	if !g.up.Load() {
 		return nil, errStoreDown
 	}
+	began := monotonic()
 	tx, err := g.Begin(ctx, refs)
-	return tx, g.note("begin", err)
+	g.took(storeLock, began, err)
+	return g.timed(tx, g.note("begin", err))
 }
 
 func (g *storeGuard) lock(ctx context.Context, refs []policy.Ref) (Tx, error) {
@@ -195,8 +203,59 @@ func (g *storeGuard) lock(ctx context.Context, refs []policy.Ref) (Tx, error) {
 	if !g.up.Load() {
 		return nil, errStoreDown
 	}
+	began := monotonic()
 	tx, err := g.Lock(ctx, refs)
-	return tx, g.note("lock", err)
+	g.took(storeLock, began, err)
+	return g.timed(tx, g.note("lock", err))
+}
+
+// took counts how long the store has taken. A call that was shed has not reached it.
+func (g *storeGuard) took(op operation, began int64, err error) {
+	if err == nil || !g.Overloaded(err) {
+		g.stats.took[op].since(began)
+	}
+}
+
+// found counts what came of keys that the store was asked for.
+func (g *storeGuard) found(refs []policy.Ref, rows []policy.Row, err error) {
+	count := func(f found, n int) { g.stats.found[f].Add(int64(n)) }
+	switch {
+	case err == nil:
+		there := 0
+		for _, row := range rows {
+			if row.State != policy.Absent && row.State != policy.Tombstone {
+				there++
+			}
+		}
+		count(foundRow, there)
+		count(foundAbsent, len(refs)-there)
+	case g.Overloaded(err):
+		count(foundShed, len(refs))
+	case errors.Is(err, context.DeadlineExceeded):
+		count(foundTimeout, len(refs))
+	default:
+		count(foundError, len(refs))
+	}
+}
+
+// timed is tx, whose commit is timed.
+func (g *storeGuard) timed(tx Tx, err error) (Tx, error) {
+	if err != nil {
+		return nil, err
+	}
+	return timedTx{tx, g}, nil
+}
+
+type timedTx struct {
+	Tx
+	g *storeGuard
+}
+
+func (t timedTx) Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (int64, error) {
+	began := monotonic()
+	intent, err := t.Tx.Commit(ctx, changes, journal, known, rawOnly)
+	t.g.took(storeCommit, began, err)
+	return intent, err
 }
 
 // gone tells whether err means that the store could not be had at all.

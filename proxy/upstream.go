@@ -102,6 +102,9 @@ type outageError struct {
 	reply string // Redis's own error line without "-" and CRLF, where there was one
 }
 
+// Reason is what a log may say of it: not the reply, which may quote arguments.
+func (e *outageError) Reason() string { return string(e.why) }
+
 func (e *outageError) Error() string {
 	if e.reply != "" {
 		return "redis: " + e.reply
@@ -298,10 +301,12 @@ type upstream struct {
 	state    atomic.Int32
 	epoch    atomic.Uint64 // rises whenever trust is lost: leases taken under an older epoch are void
 	control  *lane
-	suspects chan struct{}  // capacity 1: wakes run
-	lanes    []*sharedLanes // static; of clients that goroutines drive
-	all      []*lane        // static once run: these, and those of loops
-	pause    atomic.Int64   // until when clients' writes are paused (CLIENT PAUSE), Unix ms
+	suspects chan struct{}          // capacity 1: wakes run
+	lanes    []*sharedLanes         // static; of clients that goroutines drive
+	shared   []*sharedLanes         // guarded by mu: those, and those of loops
+	took     *[operations]histogram // static
+	all      []*lane                // static once run: these, and those of loops
+	pause    atomic.Int64           // until when clients' writes are paused (CLIENT PAUSE), Unix ms
 
 	big        bigKeys
 	spares     chan *spare   // connections that wait for clients who need their own
@@ -336,8 +341,8 @@ type oldConn struct {
 // their sockets by then.
 const maxOld = 256
 
-func newUpstream(d *dialer, timeout, probe, maxWait time.Duration, lanes int, log *zap.Logger) *upstream {
-	u := &upstream{dialer: d, timeout: timeout, probe: probe, maxWait: maxWait, log: log, suspects: make(chan struct{}, 1), since: time.Now(), minded: map[*lane]struct{}{},
+func newUpstream(d *dialer, timeout, probe, maxWait time.Duration, lanes int, took *[operations]histogram, log *zap.Logger) *upstream {
+	u := &upstream{dialer: d, took: took, timeout: timeout, probe: probe, maxWait: maxWait, log: log, suspects: make(chan struct{}, 1), since: time.Now(), minded: map[*lane]struct{}{},
 		spares: make(chan *spare, maxSpares), wantSpares: make(chan struct{}, 1)}
 	u.control = newLane(nil, log)
 	u.control.broken = func(err error) { u.suspect(classifyError(err)) }
@@ -367,6 +372,7 @@ func (u *upstream) dialLane(ctx context.Context, proto int) (net.Conn, error) {
 // with BUSY, goes over the side: behind it they would get no answer.
 type sharedLanes struct {
 	main, side [2]*lane
+	times      commandTimes // of their clients
 }
 
 func (ls *sharedLanes) all() []*lane { return []*lane{ls.main[0], ls.main[1], ls.side[0], ls.side[1]} }
@@ -377,7 +383,20 @@ func (u *upstream) lanesOn(loop laneLoop) *sharedLanes {
 	for i := range ls.main {
 		ls.main[i], ls.side[i] = u.sharedLane(i+2, loop), u.sharedLane(i+2, loop)
 	}
+	u.mu.Lock()
+	u.shared = append(u.shared, ls)
+	u.mu.Unlock()
 	return ls
+}
+
+// commandTimes are what is counted of commands.
+func (u *upstream) commandTimes() (all []*commandTimes) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, ls := range u.shared {
+		all = append(all, &ls.times)
+	}
+	return all
 }
 
 // sharedLane makes one shared connection, before run. It is dialled when it is first needed.
@@ -665,7 +684,7 @@ func (u *upstream) run(ctx context.Context) {
 		}
 		began := time.Now()
 		if err := u.attempt(ctx); err != nil {
-			u.refused(classifyError(err), err)
+			u.refused(classifyError(err))
 			at = time.Now().Add(wait)
 			wait = min(wait*2, u.maxWait)
 			continue
@@ -677,13 +696,13 @@ func (u *upstream) run(ctx context.Context) {
 }
 
 // refused keeps the reason of an outage that goes on, and says so once per reason.
-func (u *upstream) refused(why outage, err error) {
+func (u *upstream) refused(why outage) {
 	u.mu.Lock()
 	changed := u.why != why
 	u.why = why
 	u.mu.Unlock()
 	if changed {
-		u.log.Warn("redis is not usable", zap.String("reason", string(why)), zap.Error(err))
+		u.log.Warn("redis is not usable", zap.String("reason", string(why)))
 	}
 }
 
@@ -770,7 +789,18 @@ const largeWait = 10 * time.Second
 // do sends one command on the control connection and returns a copy of its reply. An error reply is
 // returned as an *outageError. The wait is bounded by u.timeout; after ctx has ended nothing is sent.
 func (u *upstream) do(ctx context.Context, args ...string) ([]byte, error) {
-	return u.roundTrip(ctx, appendCommand(nil, args...))
+	return u.timed(ctx, redisCommand, appendCommand(nil, args...))
+}
+
+// timed is roundTrip, and counts how long an answer has taken.
+func (u *upstream) timed(ctx context.Context, op operation, raw []byte) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err // the caller's time is over, which says nothing about Redis
+	}
+	began := monotonic()
+	frame, err := u.roundTrip(ctx, raw)
+	u.took[op].since(began)
+	return frame, err
 }
 
 func (u *upstream) roundTrip(ctx context.Context, raw []byte) ([]byte, error) {

@@ -8,7 +8,10 @@ import (
 	"strings"
 	"time"
 
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
+
+	"go.uber.org/zap"
 )
 
 // breakRules breaks the rule that WRONG_PROTOCOL names, to show that the tests notice. Each is a rule of docs/consistency.md, left out.
@@ -40,6 +43,16 @@ func breakRules(e *engine) {
 		}
 	case "no repair after a restart":
 		wrong.unchanged = true
+	case "a key is logged":
+		wrong.changes = func(c policy.Change) (policy.Change, bool) {
+			e.log.Debug("wrong", zap.String("key", c.Ref.Key))
+			return c, true
+		}
+	case "a value is logged":
+		wrong.changes = func(c policy.Change) (policy.Change, bool) {
+			e.log.Warn("wrong", zap.Error(said.Sentence(c.Value)))
+			return c, true
+		}
 	case "a write in Redis expects nothing":
 		replace(scriptWrite, "elseif c ~= '' then", "elseif false then")
 	default:
@@ -53,7 +66,7 @@ func replace(s *script, old, new string) {
 	if body == s.body {
 		panic("the script has changed: " + old)
 	}
-	*s = *newScript("wrong", body)
+	*s = *newScript("wrong", s.op, body)
 }
 
 // wrongStore changes what is committed.

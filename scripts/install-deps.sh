@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what development and tests need and this machine lacks: redis-server and the Postgres server programs.
-# With the argument `test` also a C compiler, which Go's race detector needs; with `clients` that and the Redis clients of
+# With the argument `test` also a C compiler, which Go's race detector needs, and Prometheus with promtool, which judge rules and dashboard; with `clients` that and the Redis clients of
 # other languages, and what runs them; with `bench` the proxies and load generators that `make bench` compares with and uses.
 # Does nothing, and says nothing, when all is there. Run by `make run`, `make test`, `make clients` and `make bench`.
 set -eu
@@ -75,6 +75,12 @@ missing_clients() {
 	ruby -e 'require "redis"' >/dev/null 2>&1 || printf ' ruby ruby-redis'
 }
 
+# missing_judges prints the Debian package of what the tests ask about alert rules and the dashboard.
+missing_judges() {
+	[ "$for_tests" = test ] || return 0
+	{ have_program promtool && have_program prometheus; } || printf ' prometheus'
+}
+
 # missing_peers prints the Debian packages of what `make bench` measures beside the proxy. test/bench looks in the same places.
 missing_peers() {
 	[ "$for_tests" = bench ] || return 0
@@ -93,7 +99,7 @@ redis='' postgres='' compiler='' names=''
 have_redis || { redis=yes names="$names redis-server"; }
 have_postgres || { postgres=yes names="$names postgres"; }
 have_compiler || { compiler=yes names="$names a-C-compiler"; }
-extra="$(missing_clients)$(missing_peers)"
+extra="$(missing_clients)$(missing_judges)$(missing_peers)"
 names="$names$extra"
 [ -n "$names" ] || exit 0
 
@@ -166,7 +172,7 @@ failed=''
 have_redis || failed="$failed redis-server"
 have_postgres || failed="$failed postgres"
 have_compiler || failed="$failed a-C-compiler"
-failed="$failed$(missing_clients)$(missing_peers)"
+failed="$failed$(missing_clients)$(missing_judges)$(missing_peers)"
 if [ -n "$failed" ]; then
 	echo "install-deps: installed, but not found:$failed" >&2
 	exit 1

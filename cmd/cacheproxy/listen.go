@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"cacheproxy/internal/config"
+	"cacheproxy/internal/said"
 )
 
 // listeners are the open addresses of a process; admin is nil if there is none.
@@ -155,7 +156,7 @@ func newCertificates(from config.TLS) (*certificates, error) {
 func (c *certificates) read() error {
 	cert, err := tls.LoadX509KeyPair(c.from.CertFile, c.from.KeyFile)
 	if err != nil {
-		return fmt.Errorf("listen.tls: cert_file and key_file are no pair of PEM files: %w", err)
+		return said.Because("listen.tls: cert_file and key_file are no pair of PEM files", err)
 	}
 	t := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}}
 	if c.from.ClientCAFile != "" {
@@ -179,11 +180,11 @@ func (c *certificates) wrap(ln net.Listener) net.Listener {
 func certPool(setting, path string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", setting, err)
+		return nil, said.Because(setting, err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s: the file holds no PEM certificate", setting)
+		return nil, said.Sentence(setting + ": the file holds no PEM certificate")
 	}
 	return pool, nil
 }

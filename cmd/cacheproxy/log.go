@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"cacheproxy/internal/config"
+	"cacheproxy/internal/said"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -22,8 +23,12 @@ func newLogger(cfg config.Log, w io.Writer) (*zap.Logger, zap.AtomicLevel) {
 		enc.EncodeLevel = zapcore.CapitalLevelEncoder
 		encoder = zapcore.NewConsoleEncoder(enc)
 	}
-	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), level)), level
+	core := zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), level)
+	return zap.New(said.Core(core, ownEvents...)), level
 }
+
+// ownEvents are lines that somebody has asked for each time, as often as that may be within a minute.
+var ownEvents = []string{"the configuration was reloaded", "phase changed"}
 
 // zapLevel translates a word that the configuration has checked.
 func zapLevel(word string) zapcore.Level {

@@ -109,12 +109,12 @@ func (m *memory) look(ctx context.Context) bool {
 	switch {
 	case m.cfg.ManageMemory:
 		return (limit == want && policy == managedPolicy) || m.set(ctx, client)
-	case want != 0 && limit != want:
-		m.once("limit", "redis has another memory limit than redis.max_memory; set it there, or redis.manage_memory here",
+	case want != 0 && limit != want && m.first("limit"):
+		m.log.Warn("redis has another memory limit than redis.max_memory; set it there, or redis.manage_memory here",
 			zap.Int64("maxmemory", limit), zap.Int64("max_memory", want))
 	}
-	if m.stores && evictsAll(policy) {
-		m.once("policy", "redis may evict the proxy's journal and leases; see `cacheproxy check` for what that costs", zap.String("maxmemory_policy", policy))
+	if m.stores && evictsAll(policy) && m.first("policy") {
+		m.log.Warn("redis may evict the proxy's journal and leases; see `cacheproxy check` for what that costs", zap.String("maxmemory_policy", policy))
 	}
 	return true
 }
@@ -125,19 +125,20 @@ func (m *memory) set(ctx context.Context, client *redis.Client) bool {
 		err = client.ConfigSet(ctx, "maxmemory-policy", managedPolicy).Err()
 	}
 	if err != nil {
-		m.once("set", "redis does not let its memory limit be set", zap.String("reason", reason(err)))
+		if m.first("set") {
+			m.log.Warn("redis does not let its memory limit be set", zap.Error(err))
+		}
 		return false
 	}
 	m.log.Info("redis's memory limit was set", zap.Int64("maxmemory", int64(m.cfg.MaxMemory)), zap.String("maxmemory_policy", managedPolicy))
 	return true
 }
 
-// once logs a warning the first time.
-func (m *memory) once(what, message string, fields ...zap.Field) {
-	if !m.said[what] {
-		m.said[what] = true
-		m.log.Warn(message, fields...)
-	}
+// first: nothing has been said of this yet.
+func (m *memory) first(what string) bool {
+	was := m.said[what]
+	m.said[what] = true
+	return !was
 }
 
 func evictsAll(policy string) bool { return strings.HasPrefix(policy, "allkeys-") }

@@ -93,7 +93,7 @@ func TestMetricsOfTheProgram(t *testing.T) {
 	}
 	user, report := stats.Routes[0], stats.Routes[1]
 	same(`reads_total{outcome="hit",route="user",source="redis"}`, float64(user.RedisHits), 1)
-	same(`reads_total{outcome="hit",route="user",source="postgres"}`, float64(user.JSONBHits), 1)
+	same(`reads_total{outcome="hit",route="user",source="jsonb"}`, float64(user.JSONBHits), 1)
 	same(`reads_total{outcome="miss",route="user",source="none"}`, float64(user.CacheMisses), 1)
 	same(`reads_total{outcome="miss",route="report",source="none"}`, float64(report.CacheMisses), 1)
 	same(`writes_total{route="user"}`, float64(user.Writes), 2)

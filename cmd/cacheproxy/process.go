@@ -150,6 +150,7 @@ func (p *process) close() {
 
 // run serves until ctx ends and the clients are drained. Everything it started has stopped when it returns.
 func (p *process) run(ctx context.Context) error {
+	defer p.log.Sync() //nolint:errcheck // what was counted is told; standard error cannot always be synced
 	defer p.close()
 	ls, err := listenAll(p.settings.current())
 	if err != nil {
@@ -211,10 +212,19 @@ func (p *process) run(ctx context.Context) error {
 	return nil
 }
 
+// metrics is what is told of the program besides what its server counts.
+func (p *process) metrics() metrics.Process {
+	out := metrics.Process{Build: build(), Reloads: p.settings.reloaded}
+	if p.store != nil {
+		out.Pool = p.store.db.Connections
+	}
+	return out
+}
+
 // startHTTP serves the observe and the admin address, which lives as long as the process.
 func (p *process) startHTTP(ls *listeners, start func(func(context.Context) error)) {
 	start(func(ctx context.Context) error {
-		return admin.Serve(ctx, ls.observe, admin.Observe(admission{p}, metrics.Handler(p.server, build())), p.log)
+		return admin.Serve(ctx, ls.observe, admin.Observe(admission{p}, metrics.Handler(p.server, p.metrics())), p.log)
 	})
 	if ls.admin != nil {
 		start(func(ctx context.Context) error {
@@ -337,7 +347,11 @@ func (p *process) reload() error {
 		return p.server.SetDeny(next.Commands.Deny) // the last, as it cannot fail: next was checked
 	})
 	if err != nil {
-		p.log.Error("the configuration was not reloaded, the old one stays", zap.Error(err))
+		if refused, ok := errors.AsType[*config.Error](err); ok {
+			p.log.Error("the configuration was refused, the old one stays", zap.String("problems", refused.Error()))
+		} else {
+			p.log.Error("the configuration was not reloaded, the old one stays", zap.Error(err))
+		}
 		return err
 	}
 	p.log.Info("the configuration was reloaded", zap.Int("routes", len(p.settings.current().Routes)))
@@ -478,8 +492,8 @@ func (p *process) reportSchema(err error) {
 		return
 	}
 	if fallback.Unavailable(err) {
-		p.log.Warn("postgres cannot be reached; the schema is checked as soon as it can", zap.String("reason", reason(err)))
+		p.log.Warn("postgres cannot be reached; the schema is checked as soon as it can", zap.Error(err))
 		return
 	}
-	p.log.Error("the schema cannot be checked; trying again", zap.String("reason", reason(err)))
+	p.log.Error("the schema cannot be checked; trying again", zap.Error(err))
 }

@@ -181,6 +181,9 @@ func TestSecondSignal(t *testing.T) {
 		code, body := s.get("/readyz")
 		return code == http.StatusServiceUnavailable && strings.Contains(body, "draining")
 	})
+	if got := s.scraped()["cacheproxy_draining"]; got != 1 {
+		t.Errorf("cacheproxy_draining is %v", got)
+	}
 	p.signal(t, syscall.SIGINT)
 	if code := p.code(t); code != exitNot {
 		t.Errorf("exit code %d", code)

@@ -4,8 +4,10 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"cacheproxy/internal/config"
+	"cacheproxy/internal/metrics"
 
 	"go.uber.org/zap"
 )
@@ -21,6 +23,7 @@ type settings struct {
 	from  source
 	level zap.AtomicLevel
 	now   atomic.Pointer[config.Config]
+	done  atomic.Pointer[metrics.Reloads] // what became of reloads; a reload may take long, and nobody waits for it to ask
 
 	mu      sync.Mutex // one reload at a time
 	pending []string   // guarded by mu: settings that wait for a restart
@@ -29,6 +32,7 @@ type settings struct {
 
 func newSettings(cfg *config.Config, from source, level zap.AtomicLevel) *settings {
 	s := &settings{from: from, level: level}
+	s.done.Store(&metrics.Reloads{LastSuccess: time.Now()})
 	s.now.Store(cfg)
 	return s
 }
@@ -42,12 +46,17 @@ func (s *settings) reload(apply func(*config.Config) error) error {
 		return errNoFile
 	}
 	next, err := s.from.load()
-	if err != nil {
+	if err == nil {
+		err = apply(next)
+	}
+	done := *s.done.Load()
+	defer func() { s.done.Store(&done) }()
+	if done.LastFailed = err != nil; err != nil {
+		done.Failed++
 		return err
 	}
-	if err := apply(next); err != nil {
-		return err
-	}
+	done.Succeeded++
+	done.LastSuccess = time.Now()
 	s.pending = config.Diff(s.current(), next)
 	s.level.SetLevel(zapLevel(next.Log.Level))
 	inForce := *s.current()
@@ -57,6 +66,9 @@ func (s *settings) reload(apply func(*config.Config) error) error {
 	s.now.Store(&inForce)
 	return nil
 }
+
+// reloaded tells what has become of the configuration.
+func (s *settings) reloaded() metrics.Reloads { return *s.done.Load() }
 
 // restart returns the settings that wait for a restart, nil if these have been told before. The caller holds mu.
 func (s *settings) restart() []string {

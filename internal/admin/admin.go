@@ -5,9 +5,11 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"net"
 	"net/http"
 	"time"
@@ -39,7 +41,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *zap.Logger
 		IdleTimeout:       idleTime,
 		MaxHeaderBytes:    16 << 10,
 		BaseContext:       func(net.Listener) context.Context { return requests },
-		ErrorLog:          zap.NewStdLog(log),
+		ErrorLog:          stdlog.New(complaints{log}, "", 0),
 	}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ln) }()
@@ -60,4 +62,16 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *zap.Logger
 		log.Warn("an http server did not stop cleanly", zap.Error(err))
 	}
 	return nil
+}
+
+// complaints is where net/http writes what goes wrong with a connection. Its texts quote what somebody has sent.
+type complaints struct{ log *zap.Logger }
+
+func (c complaints) Write(b []byte) (int, error) {
+	if bytes.HasPrefix(b, []byte("http: panic")) {
+		c.log.Error("an http request panicked")
+	} else {
+		c.log.Warn("an http connection went wrong")
+	}
+	return len(b), nil
 }

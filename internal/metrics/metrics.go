@@ -6,6 +6,7 @@ package metrics
 
 import (
 	"net/http"
+	"time"
 
 	"cacheproxy/proxy"
 
@@ -14,36 +15,52 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Source is a sidecar. Figures asks nobody, and is called for every scrape.
+// Source is a sidecar. Both ask nobody, and are called for every scrape.
 type Source interface {
 	Figures() proxy.Stats
+	Timings() proxy.Timings
+}
+
+// Process is the program around it. What is nil is not told.
+type Process struct {
+	Build   Build
+	Reloads func() Reloads
+	// Pool tells how many connections to Postgres wait for work and how many are at it.
+	Pool func() (idle, active int)
+}
+
+// Reloads is what became of the configuration since the start, which counts as a success, but is not in Succeeded.
+type Reloads struct {
+	Succeeded, Failed int64
+	LastFailed        bool
+	LastSuccess       time.Time
 }
 
 // Build is what the program was built from. Revision may be empty.
 type Build struct{ Version, Revision, Go string }
 
 // Handler answers GET /metrics.
-func Handler(s Source, b Build) http.Handler {
-	return promhttp.HandlerFor(registry(s, b), promhttp.HandlerOpts{
+func Handler(s Source, p Process) http.Handler {
+	return promhttp.HandlerFor(registry(s, p), promhttp.HandlerOpts{
 		// Some ten kilobytes, from next door. A gzip writer would keep most of a megabyte for them.
 		DisableCompression: true,
 	})
 }
 
-func registry(s Source, b Build) *prometheus.Registry {
+func registry(s Source, p Process) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(collector{s, b}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r.MustRegister(collector{s, p}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return r
 }
 
 // collector reads the figures anew for every scrape. Its labels are words of closed lists and the names of routes, which are the
 // configuration's; nothing that a client says becomes one.
 type collector struct {
-	source Source
-	build  Build
+	source  Source
+	process Process
 }
 
-// metric is one name, with its help and labels.
+// metric is one name, with its help and labels. kind says nothing of a histogram.
 type metric struct {
 	desc *prometheus.Desc
 	kind prometheus.ValueType
@@ -55,6 +72,10 @@ func define(kind prometheus.ValueType, name, help string, labels ...string) metr
 	m := metric{prometheus.NewDesc("cacheproxy_"+name, help, labels, nil), kind}
 	all = append(all, m)
 	return m
+}
+
+func histogram(name, help string, labels ...string) metric {
+	return define(prometheus.UntypedValue, name, help, labels...)
 }
 
 func counter(name, help string, labels ...string) metric {
@@ -72,7 +93,10 @@ var (
 	connections      = gauge("downstream_connections", "Clients that are connected.")
 	connectionsTotal = counter("downstream_connections_total", "Clients that have connected, and those that were turned away because there were too many.", "result")
 
-	commands = counter("commands_total", "Commands of clients.")
+	violations = counter("downstream_protocol_errors_total", "Clients that have said what is no command, and were hung up on.")
+
+	commands = counter("commands_total", "Commands that were answered, by what the reply was: refused is a refusal of the proxy's own.", "class", "outcome")
+	took     = histogram("command_duration_seconds", "How long a command took from when it was read until its reply was there. What waits for an event is not timed.", "class")
 	unrouted = counter("commands_unrouted_total", "Commands on keys that no route matches, which went to Redis as they were.")
 	denied   = counter("commands_denied_total", "Commands that commands.deny has refused.")
 
@@ -98,6 +122,15 @@ var (
 	longest = gauge("journal_longest_seconds", "The longest that anything this sidecar has repaired had stood.", "journal")
 	repairs = counter("journal_repairs_total", "Keys that this sidecar has repaired.", "cause")
 
+	fallbacks    = counter("fallback_requests_total", "Keys that Postgres was asked for, by what came of it. Shed: too many were waiting.", "result")
+	fallbackTook = histogram("fallback_duration_seconds", "How long it took from a miss in Redis until it was known what Postgres has, and that was in Redis.")
+	upstreamTook = histogram("upstream_duration_seconds", "How long a store took for what the proxy asks of it. The commands of clients that pass through are not here.", "upstream", "operation")
+	pool         = gauge("upstream_pool_connections", "Connections to a store, by what they do.", "upstream", "state")
+
+	reloads    = counter("config_reloads_total", "How often the configuration was reloaded, by how that ended.", "result")
+	reloadedOK = gauge("config_last_reload_successful", "Whether the configuration in its file is the one in force; 0 after a reload that failed.")
+	reloadedAt = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
+
 	up        = gauge("upstream_up", "Whether a store answers and is trusted; absent if no route uses it.", "upstream")
 	state     = gauge("circuit_state", "1 for the state that a store is in, 0 for the others.", "upstream", "state")
 	stateTime = gauge("circuit_state_seconds", "How long it has been in that state.", "upstream")
@@ -121,20 +154,25 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	count := func(m metric, n int64, labels ...string) { tell(m, float64(n), labels...) }
 
-	tell(buildInfo, 1, c.build.Version, c.build.Revision, c.build.Go)
+	last := func(m metric, d proxy.Durations, labels ...string) {
+		ch <- prometheus.MustNewConstHistogram(m.desc, d.Count, d.Sum, d.Buckets, labels...)
+	}
+
+	build := c.process.Build
+	tell(buildInfo, 1, build.Version, build.Revision, build.Go)
 	tell(draining, one(s.Proxy.Draining))
 	tell(connections, float64(s.Proxy.Clients))
 	count(connectionsTotal, s.Proxy.ClientsAccepted, "accepted")
 	count(connectionsTotal, s.Proxy.ClientsRefused, "rejected")
-	count(commands, s.Proxy.Commands)
+	count(violations, s.Proxy.ProtocolErrors)
 	count(unrouted, s.Proxy.Unrouted)
 	count(denied, s.Proxy.Denied)
 	for _, r := range s.Routes {
 		tell(routeInfo, 1, r.Name, r.Phase)
 		count(reads, r.RedisHits, r.Name, "hit", "redis")
-		count(reads, r.JSONBHits, r.Name, "hit", "postgres")
+		count(reads, r.JSONBHits, r.Name, "hit", "jsonb")
 		count(reads, r.CacheMisses-r.Negative, r.Name, "miss", "none")
-		count(reads, r.Negative, r.Name, "negative", "none")
+		count(reads, r.Negative, r.Name, "miss", "negative")
 		count(writes, r.Writes, r.Name)
 		count(refused, r.Refused, r.Name)
 		count(noRow, r.NoRow, r.Name)
@@ -179,6 +217,36 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	upstream("postgres", s.Postgres.Status, s.Postgres.SinceSeconds, s.Postgres.Opens)
 	for reason, n := range s.Redis.Errors {
 		count(failures, n, reason)
+	}
+
+	t := c.source.Timings()
+	for _, ct := range t.Commands {
+		for outcome, n := range ct.Outcomes {
+			count(commands, n, ct.Class, outcome)
+		}
+		if ct.Took != nil {
+			last(took, *ct.Took, ct.Class)
+		}
+	}
+	for _, ut := range t.Upstreams {
+		last(upstreamTook, ut.Took, ut.Upstream, ut.Operation)
+	}
+	for result, n := range t.Fallbacks {
+		count(fallbacks, n, result)
+	}
+	last(fallbackTook, t.Fallback)
+
+	if f := c.process.Pool; f != nil {
+		idle, active := f()
+		tell(pool, float64(idle), "postgres", "idle")
+		tell(pool, float64(active), "postgres", "active")
+	}
+	if f := c.process.Reloads; f != nil {
+		r := f()
+		count(reloads, r.Succeeded, "ok")
+		count(reloads, r.Failed, "error")
+		tell(reloadedOK, one(!r.LastFailed))
+		tell(reloadedAt, float64(r.LastSuccess.UnixMilli())/1e3)
 	}
 }
 

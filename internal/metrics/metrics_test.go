@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cacheproxy/proxy"
 
@@ -22,6 +23,27 @@ import (
 type still proxy.Stats
 
 func (s still) Figures() proxy.Stats { return proxy.Stats(s) }
+
+func (s still) Timings() proxy.Timings {
+	took := proxy.Durations{Count: 3, Sum: 0.75, Buckets: map[float64]uint64{0.125: 1, 0.25: 2}}
+	return proxy.Timings{
+		Commands: []proxy.CommandTimes{
+			{Class: "read", Outcomes: map[string]int64{"ok": 2, "error": 1}, Took: &took},
+			{Class: "blocking", Outcomes: map[string]int64{"ok": 4}},
+		},
+		Upstreams: []proxy.UpstreamTimes{{Upstream: "redis", Operation: "promote", Took: took}},
+		Fallback:  took,
+		Fallbacks: map[string]int64{"found": 30, "shed": 31},
+	}
+}
+
+var process = Process{
+	Build: Build{"v1", "abc", "go1"},
+	Reloads: func() Reloads {
+		return Reloads{Succeeded: 32, Failed: 33, LastFailed: true, LastSuccess: time.UnixMilli(1500)}
+	},
+	Pool: func() (idle, active int) { return 34, 35 },
+}
 
 var figures = still{
 	Redis:    proxy.RedisStats{Status: "recovering", SinceSeconds: 3, Opens: 2, Errors: map[string]int64{"timeout": 4, "oom": 0}},
@@ -36,7 +58,7 @@ var figures = still{
 		Repairs: map[string]int64{"restart": 9, "both_stale": 1},
 	},
 	Proxy: proxy.SelfStats{
-		Clients: 10, ClientsAccepted: 11, ClientsRefused: 12, Commands: 13, Unrouted: 14, Denied: 15, Promotions: 16, PromotionsRefused: 17, PromotionsFailed: 18,
+		Clients: 10, ClientsAccepted: 11, ClientsRefused: 12, ProtocolErrors: 25, Unrouted: 14, Denied: 15, Promotions: 16, PromotionsRefused: 17, PromotionsFailed: 18,
 		LostLeases: 19, Shed: 20, Uncertain: 21, Fences: 22, NumbersLifted: 23, StoredRaw: 24, Draining: true,
 	},
 }
@@ -55,13 +77,32 @@ cacheproxy_circuit_state{state="recovering",upstream="postgres"} 0
 cacheproxy_circuit_state{state="recovering",upstream="redis"} 1
 cacheproxy_circuit_state{state="unused",upstream="postgres"} 1
 cacheproxy_circuit_state{state="unused",upstream="redis"} 0
+cacheproxy_command_duration_seconds_bucket{class="read",le="+Inf"} 3
+cacheproxy_command_duration_seconds_bucket{class="read",le="0.125"} 1
+cacheproxy_command_duration_seconds_bucket{class="read",le="0.25"} 2
+cacheproxy_command_duration_seconds_count{class="read"} 3
+cacheproxy_command_duration_seconds_sum{class="read"} 0.75
 cacheproxy_commands_denied_total 15
-cacheproxy_commands_total 13
+cacheproxy_commands_total{class="blocking",outcome="ok"} 4
+cacheproxy_commands_total{class="read",outcome="error"} 1
+cacheproxy_commands_total{class="read",outcome="ok"} 2
 cacheproxy_commands_unrouted_total 14
+cacheproxy_config_last_reload_success_timestamp_seconds 1.5
+cacheproxy_config_last_reload_successful 0
+cacheproxy_config_reloads_total{result="error"} 33
+cacheproxy_config_reloads_total{result="ok"} 32
 cacheproxy_downstream_connections 10
 cacheproxy_downstream_connections_total{result="accepted"} 11
 cacheproxy_downstream_connections_total{result="rejected"} 12
+cacheproxy_downstream_protocol_errors_total 25
 cacheproxy_draining 1
+cacheproxy_fallback_duration_seconds_bucket{le="+Inf"} 3
+cacheproxy_fallback_duration_seconds_bucket{le="0.125"} 1
+cacheproxy_fallback_duration_seconds_bucket{le="0.25"} 2
+cacheproxy_fallback_duration_seconds_count 3
+cacheproxy_fallback_duration_seconds_sum 0.75
+cacheproxy_fallback_requests_total{result="found"} 30
+cacheproxy_fallback_requests_total{result="shed"} 31
 cacheproxy_fences_total 22
 cacheproxy_journal_entries{journal="redis_stale"} 1
 cacheproxy_journal_entries{journal="store_stale"} 2
@@ -78,14 +119,14 @@ cacheproxy_numbers_lifted_total 23
 cacheproxy_promotions_total{result="failed"} 18
 cacheproxy_promotions_total{result="ok"} 16
 cacheproxy_promotions_total{result="refused"} 17
-cacheproxy_reads_total{outcome="hit",route="a:b \"c\"\n",source="postgres"} 5
+cacheproxy_reads_total{outcome="hit",route="a:b \"c\"\n",source="jsonb"} 5
 cacheproxy_reads_total{outcome="hit",route="a:b \"c\"\n",source="redis"} 4
-cacheproxy_reads_total{outcome="hit",route="user",source="postgres"} 0
+cacheproxy_reads_total{outcome="hit",route="user",source="jsonb"} 0
 cacheproxy_reads_total{outcome="hit",route="user",source="redis"} 0
+cacheproxy_reads_total{outcome="miss",route="a:b \"c\"\n",source="negative"} 1
 cacheproxy_reads_total{outcome="miss",route="a:b \"c\"\n",source="none"} 2
+cacheproxy_reads_total{outcome="miss",route="user",source="negative"} 0
 cacheproxy_reads_total{outcome="miss",route="user",source="none"} 0
-cacheproxy_reads_total{outcome="negative",route="a:b \"c\"\n",source="none"} 1
-cacheproxy_reads_total{outcome="negative",route="user",source="none"} 0
 cacheproxy_redis_errors_total{reason="oom"} 0
 cacheproxy_redis_errors_total{reason="timeout"} 4
 cacheproxy_refused_total{route="a:b \"c\"\n"} 8
@@ -95,6 +136,13 @@ cacheproxy_route_info{phase="phase2",route="user"} 1
 cacheproxy_shed_total 20
 cacheproxy_stored_raw_only_total 24
 cacheproxy_uncertain_total 21
+cacheproxy_upstream_duration_seconds_bucket{operation="promote",upstream="redis",le="+Inf"} 3
+cacheproxy_upstream_duration_seconds_bucket{operation="promote",upstream="redis",le="0.125"} 1
+cacheproxy_upstream_duration_seconds_bucket{operation="promote",upstream="redis",le="0.25"} 2
+cacheproxy_upstream_duration_seconds_count{operation="promote",upstream="redis"} 3
+cacheproxy_upstream_duration_seconds_sum{operation="promote",upstream="redis"} 0.75
+cacheproxy_upstream_pool_connections{state="active",upstream="postgres"} 35
+cacheproxy_upstream_pool_connections{state="idle",upstream="postgres"} 34
 cacheproxy_upstream_up{upstream="redis"} 0
 cacheproxy_verify_checked_total{route="a:b \"c\"\n"} 26
 cacheproxy_verify_checked_total{route="user"} 0
@@ -125,7 +173,7 @@ func TestMetrics(t *testing.T) {
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
 	r.Header.Set("Accept-Encoding", "gzip")
-	Handler(figures, Build{"v1", "abc", "go1"}).ServeHTTP(w, r)
+	Handler(figures, process).ServeHTTP(w, r)
 	if w.Code != http.StatusOK || w.Header().Get("Content-Encoding") != "" {
 		t.Errorf("status %d, encoding %q", w.Code, w.Header().Get("Content-Encoding"))
 	}
@@ -151,11 +199,11 @@ func TestMetrics(t *testing.T) {
 
 func TestNames(t *testing.T) {
 	strict := prometheus.NewPedanticRegistry() // what is told must be what is described
-	strict.MustRegister(collector{figures, Build{}})
+	strict.MustRegister(collector{figures, process})
 	if names := families(t, strict); len(names) != len(all) {
 		t.Errorf("%d metrics are shown, of %d", len(names), len(all))
 	}
-	problems, err := testutil.GatherAndLint(registry(figures, Build{}))
+	problems, err := testutil.GatherAndLint(registry(figures, process))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +230,7 @@ func TestEveryFigureIsDocumented(t *testing.T) {
 			t.Errorf("%s\n%q, want\n%q", what, got, want)
 		}
 	}
-	compare("metrics", "`(cacheproxy_[a-z_]+)", families(t, registry(figures, Build{})))
+	compare("metrics", "`(cacheproxy_[a-z_]+)", families(t, registry(figures, process)))
 	compare("figures", "`((?:migration_phase|performance|redis|postgres|routes|journal|proxy)(?:\\.[a-z_]+)?)`", figureNames())
 }
 
