@@ -114,6 +114,9 @@ func (s *Standing) Lines() []string {
 	}
 	if s.Back != nil {
 		out = append(out, s.Back.lines("back")...)
+		if back, err := policy.ParsePhase(s.Back.Phase); err == nil && phase.Rules().ReadsRedis && !back.Rules().ReadsRedis {
+			out = append(out, "    but it is refused while keys are only in Redis, which is looked at when it is taken")
+		}
 	}
 	return out
 }
@@ -201,7 +204,7 @@ func (s *Server) Standings(ctx context.Context, only string) ([]Standing, error)
 }
 
 func (e *engine) standing(ctx context.Context, r *policy.Route, info map[string]string) Standing {
-	ev := policy.Evidence{Phase: r.Phase, TTL: r.TTL, Others: []policy.Sighting{}}
+	ev := policy.Evidence{Route: r.Name, Phase: r.Phase, TTL: r.TTL, Others: []policy.Sighting{}}
 	unknown := func(what string) { ev.Unknown = append(ev.Unknown, what) }
 	h := e.health()
 	ev.Redis, ev.Store = h.Redis.Status, h.Postgres.Status
