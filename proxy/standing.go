@@ -360,17 +360,27 @@ func (e *engine) beats(ctx context.Context) {
 		if !e.journal.isRegistered() {
 			continue // its rows may have to be fenced before anything is said
 		}
-		var routes, phases []string
-		for _, r := range e.router.Load().Routes() {
-			routes, phases = append(routes, r.Name), append(phases, r.Phase.String())
-		}
-		bounded, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
-		err := e.store.Seen(bounded, routes, phases)
-		cancel()
-		if err != nil && ctx.Err() == nil {
+		if err := e.tell(ctx); err != nil && ctx.Err() == nil {
 			e.log.Debug("the phases in use are told again later", zap.Error(err))
 		}
 	}
+}
+
+// tell says once in which phases the routes are served. No phase changes meanwhile, or this could happen:
+//
+//	1 a route is in phase3, and this is on its way to say so    2 it goes back to phase2: its rows are fenced, and phase3 is forgotten
+//	3 Postgres is told that phase3 is in use    4 the route goes on to phase1, and its rows are the truth
+//	5 the next process finds phase3, and fences them
+func (e *engine) tell(ctx context.Context) error {
+	e.telling.Lock()
+	defer e.telling.Unlock()
+	var routes, phases []string
+	for _, r := range e.router.Load().Routes() {
+		routes, phases = append(routes, r.Name), append(phases, r.Phase.String())
+	}
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
+	defer cancel()
+	return e.store.Seen(ctx, routes, phases)
 }
 
 // beatEvery: see policy.Lately.
