@@ -10,7 +10,8 @@ import (
 // Evidence is what is known about a route that may speak against its next step. Whoever gathers it does not judge it; whoever
 // judges it (Against) asks nobody, so that the evidence of one sidecar and that of a fleet are judged alike.
 type Evidence struct {
-	Phase Phase `json:"-"`
+	Route string `json:"-"`
+	Phase Phase  `json:"-"`
 	// Redis and Store are the words of /healthz for the state of both stores, such as "connected".
 	Redis string `json:"redis"`
 	Store string `json:"store"`
@@ -145,6 +146,15 @@ func (j *judge) add(d Doubt, says, remedy string) {
 	j.reasons = append(j.reasons, Reason{d, says, remedy})
 }
 
+// command is a command line for the route.
+func (j *judge) command(name string) string {
+	line := "cacheproxy " + name
+	if j.e.Route != "" {
+		line += " --route " + j.e.Route
+	}
+	return line
+}
+
 // leavesStore: rows are read now and not any more after the step.
 func (j *judge) leavesStore() bool { return j.e.Phase.Rules().ReadsStore && !j.to.Rules().ReadsStore }
 
@@ -217,12 +227,12 @@ func (j *judge) rates() {
 	reads := e.RedisHits + e.JSONBHits + e.CacheMisses
 	if reads < minReads {
 		j.add(DoubtReads, fmt.Sprintf("%d reads since the phase began in this sidecar: too few to tell a rate", reads),
-			fmt.Sprintf("wait for %d", minReads))
+			fmt.Sprintf("wait until there are %d", minReads))
 		return
 	}
 	share := func(n int64) float64 { return float64(n) / float64(reads) }
 	if share(e.RedisHits) <= minHitRate {
-		remedy := "wait until Redis is warm, or copy the store into it: cacheproxy migrate"
+		remedy := "wait until Redis is warm, or copy the store into it: " + j.command("migrate")
 		if share(e.CacheMisses) >= 1-minHitRate {
 			remedy = "most of the rest is in neither store, which no phase changes: if that is how the application reads, go on with --force"
 		}
@@ -230,7 +240,7 @@ func (j *judge) rates() {
 	}
 	if j.leavesStore() && share(e.JSONBHits) > maxFallback {
 		j.add(DoubtFallback, fmt.Sprintf("Postgres answers %s of the reads, which in %s would find nothing; at most %s are allowed", Percent(share(e.JSONBHits)), j.to, Percent(maxFallback)),
-			"copy the store into Redis: cacheproxy migrate")
+			"copy the store into Redis: "+j.command("migrate"))
 	}
 }
 
@@ -240,14 +250,14 @@ func (j *judge) copies() {
 		return
 	}
 	if e.Differences > 0 {
-		j.add(DoubtDifferences, fmt.Sprintf("of %d hits that were compared, %d had another copy in Postgres", e.Compared, e.Differences), "cacheproxy verify --repair")
+		j.add(DoubtDifferences, fmt.Sprintf("of %d hits that were compared, %d had another copy in Postgres", e.Compared, e.Differences), j.command("verify")+" --repair")
 	}
 	if !j.leavesStore() {
 		return
 	}
 	if e.Missing > 0 {
 		j.add(DoubtRows, fmt.Sprintf("of %d rows that were looked for, Redis lacks %d; in %s they would not be found", e.Sampled, e.Missing, j.to),
-			"copy the store into Redis: cacheproxy migrate, then cacheproxy verify")
+			"copy the store into Redis: "+j.command("migrate")+", then "+j.command("verify"))
 	}
 	if e.MaxMemory > 0 && Evicts(e.Eviction) {
 		j.add(DoubtEviction, "Redis evicts with "+e.Eviction+" what it is then the only holder of",

@@ -108,7 +108,8 @@ func TestHitRateRemedy(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 	e.RedisHits, e.JSONBHits, e.CacheMisses = 800, 200, 0
-	if got := Against(e, Phase2); len(got) != 1 || !strings.Contains(got[0].Remedy, "migrate") {
+	e.Route = "user"
+	if got := Against(e, Phase2); len(got) != 1 || !strings.HasSuffix(got[0].Remedy, "cacheproxy migrate --route user") {
 		t.Errorf("%v", got)
 	}
 }

@@ -75,6 +75,7 @@ type engine struct {
 	stats   *counters
 	clocks  clocks
 	router  atomic.Pointer[policy.Router]
+	telling sync.Mutex                  // held while phases change, and while Postgres is told those in use
 	deny    atomic.Pointer[policy.Deny] // nil denies nothing
 	learned learned
 	wg      sync.WaitGroup

@@ -46,7 +46,7 @@ func TestOwnCommands(t *testing.T) {
 	c.want("+OK", "CACHEPROXY", "RELOAD")
 	c.want("-ERR line 3: no; line 4: no", "CACHEPROXY", "RELOAD")
 	if got := own("PHASE"); !strings.HasPrefix(got, "[+a (match a:*): phase1, both are written +  for ") || !strings.Contains(got, "+b (match b:*): phase2, Redis is the primary ") ||
-		!strings.Contains(got, "+  next: phase2, and this speaks against it: +    few_reads: 0 reads since the phase began in this sidecar: too few to tell a rate +      remedy: wait for 1000") {
+		!strings.Contains(got, "+  next: phase2, and this speaks against it: +    few_reads: 0 reads since the phase began in this sidecar: too few to tell a rate +      remedy: wait until there are 1000") {
 		t.Errorf("PHASE: %q", got)
 	}
 	if got := own("ROUTES"); !strings.Contains(got, "a match=a:* phase=phase1") || !strings.Contains(got, "b match=b:* phase=phase2") {

@@ -16,6 +16,8 @@ import (
 // phase without the store has missed is served again. before is the router in place, nil at the start of the process. force leaves keys that
 // only Redis holds behind.
 func (e *engine) enter(ctx context.Context, before, next *policy.Router, force bool) error {
+	e.telling.Lock()
+	defer e.telling.Unlock()
 	was := map[string]policy.Phase{}
 	if before != nil {
 		for _, r := range before.Routes() {

@@ -114,6 +114,9 @@ func (s *Standing) Lines() []string {
 	}
 	if s.Back != nil {
 		out = append(out, s.Back.lines("back")...)
+		if back, err := policy.ParsePhase(s.Back.Phase); err == nil && phase.Rules().ReadsRedis && !back.Rules().ReadsRedis {
+			out = append(out, "    but it is refused while keys are only in Redis, which is looked at when it is taken")
+		}
 	}
 	return out
 }
@@ -201,7 +204,7 @@ func (s *Server) Standings(ctx context.Context, only string) ([]Standing, error)
 }
 
 func (e *engine) standing(ctx context.Context, r *policy.Route, info map[string]string) Standing {
-	ev := policy.Evidence{Phase: r.Phase, TTL: r.TTL, Others: []policy.Sighting{}}
+	ev := policy.Evidence{Route: r.Name, Phase: r.Phase, TTL: r.TTL, Others: []policy.Sighting{}}
 	unknown := func(what string) { ev.Unknown = append(ev.Unknown, what) }
 	h := e.health()
 	ev.Redis, ev.Store = h.Redis.Status, h.Postgres.Status
@@ -357,17 +360,27 @@ func (e *engine) beats(ctx context.Context) {
 		if !e.journal.isRegistered() {
 			continue // its rows may have to be fenced before anything is said
 		}
-		var routes, phases []string
-		for _, r := range e.router.Load().Routes() {
-			routes, phases = append(routes, r.Name), append(phases, r.Phase.String())
-		}
-		bounded, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
-		err := e.store.Seen(bounded, routes, phases)
-		cancel()
-		if err != nil && ctx.Err() == nil {
+		if err := e.tell(ctx); err != nil && ctx.Err() == nil {
 			e.log.Debug("the phases in use are told again later", zap.Error(err))
 		}
 	}
+}
+
+// tell says once in which phases the routes are served. No phase changes meanwhile, or this could happen:
+//
+//	1 a route is in phase3, and this is on its way to say so    2 it goes back to phase2: its rows are fenced, and phase3 is forgotten
+//	3 Postgres is told that phase3 is in use    4 the route goes on to phase1, and its rows are the truth
+//	5 the next process finds phase3, and fences them
+func (e *engine) tell(ctx context.Context) error {
+	e.telling.Lock()
+	defer e.telling.Unlock()
+	var routes, phases []string
+	for _, r := range e.router.Load().Routes() {
+		routes, phases = append(routes, r.Name), append(phases, r.Phase.String())
+	}
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
+	defer cancel()
+	return e.store.Seen(ctx, routes, phases)
 }
 
 // beatEvery: see policy.Lately.

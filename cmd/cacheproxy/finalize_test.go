@@ -33,9 +33,12 @@ func TestFinalizeCommand(t *testing.T) {
 	finalize(exitUsage, "the configuration has no route nobody", "--route", "nobody")
 	finalize(exitNot, "the configuration has it in phase1, which uses the store", "--route", "user")
 	s.exec("--config", s.config)
-	s.started()
-	s.do("SET", "user:1", "1")
-	s.do("SET", "report:1", "1")
+	s.connected()
+	for _, key := range []string{"user:1", "report:1"} {
+		if got := s.do("SET", key, "1"); got != "OK" {
+			t.Fatal(got)
+		}
+	}
 
 	// The file says phase3 before the sidecar is there: it is read at once, and by the binary step for step.
 	for _, to := range []string{"phase2", "drain", "phase3"} {

@@ -54,11 +54,7 @@ func TestKilledWriter(t *testing.T) {
 				s := newSite(t, direct.URL(), pg.URL("postgres"))
 				s.write(fmt.Sprintf("routes: [{name: all, match: '*', phase: %s, on_unknown: error}]", c.phase))
 				programs[i] = s.exec("serve", "--config", s.config)
-				s.started()
-				eventually(t, "the stores are connected", func() bool {
-					_, body := s.get("/healthz")
-					return strings.Count(body, `"connected"`) == 2
-				})
+				s.connected()
 				sites[i] = s
 			}
 			writer, reader := sites[0].client(), sites[1].client()

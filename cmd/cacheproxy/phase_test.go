@@ -33,6 +33,16 @@ func (s *site) phaseOf(route string) proxy.Standing {
 	return out[0]
 }
 
+// connected waits until the proxy has started and trusts both stores.
+func (s *site) connected() {
+	s.t.Helper()
+	s.started()
+	eventually(s.t, "the stores are connected", func() bool {
+		_, body := s.get("/healthz")
+		return strings.Count(body, `"connected"`) == 2
+	})
+}
+
 // doubts are the words of what speaks against a step.
 func doubts(m *proxy.Move) string {
 	var words []string
@@ -105,8 +115,10 @@ func TestPhaseJourney(t *testing.T) {
 	}
 	s.write(file("phase0"))
 	s.exec("--config", s.config)
-	s.started()
-	s.do("SET", "user:0", "0")
+	s.connected()
+	if got := s.do("SET", "user:0", "0"); got != "OK" {
+		t.Fatal(got)
+	}
 
 	if code, out := s.command("phase"); code != exitFine || !strings.Contains(out, "user (match user:*): phase0, Postgres alone\n") ||
 		!strings.Contains(out, "next: phase1, and nothing speaks against it") {
@@ -217,7 +229,7 @@ func TestPhaseSeesOtherSidecars(t *testing.T) {
 		s := newSite(t, redis.URL(), pg)
 		s.write(fmt.Sprintf("routes: [{name: all, match: '*', phase: %s}]\n", phase))
 		s.exec("--config", s.config)
-		s.started()
+		s.connected()
 		sites[i] = s
 	}
 	behind, ahead := sites[0], sites[1]

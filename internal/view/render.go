@@ -191,7 +191,7 @@ func table(f flow, st proxy.Stats, s Screen, height int) [][]cell {
 	for _, r := range routes {
 		name = max(name, utf8.RuneCountInString(r.Route))
 	}
-	name = max(min(name, s.Width-rest), len("ROUTE"))
+	name = max(min(name, s.Width-rest), min(name, leastName))
 
 	header := []cell{{pad("ROUTE", name), dim}}
 	for i, c := range columns {
@@ -247,6 +247,9 @@ func row(r Rates, name int) []cell {
 	}
 	return line
 }
+
+// leastName is what is left of a route's name in a narrow window: enough to tell it from others. Then columns are cut on the right.
+const leastName = 16
 
 func pad(text string, n int) string {
 	return text + strings.Repeat(" ", max(0, n-utf8.RuneCountInString(text)))
