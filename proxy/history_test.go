@@ -1,9 +1,12 @@
 package proxy_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +17,7 @@ import (
 	"cacheproxy/internal/devserver"
 	"cacheproxy/internal/testenv"
 	"cacheproxy/policy"
+	"cacheproxy/proxy"
 )
 
 // history is what happened to one key: one client writes it, with a number that rises with every write, and
@@ -117,7 +121,63 @@ func killConnections(w *world, _ *devserver.Postgres, rng *rand.Rand, stop <-cha
 	}
 }
 
+// transferring copies and repairs keys to and fro beside another nemesis, as migrate and verify do.
+func transferring(other func(*world, *devserver.Postgres, *rand.Rand, <-chan struct{})) func(*world, *devserver.Postgres, *rand.Rand, <-chan struct{}) {
+	return func(w *world, pg *devserver.Postgres, rng *rand.Rand, stop <-chan struct{}) {
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for range 2 {
+			rng := rand.New(rand.NewPCG(rng.Uint64(), 1))
+			peer, _ := w.newPeer(time.Second)
+			wg.Go(func() { transferKeys(peer, rng, stop) })
+		}
+		other(w, pg, rng, stop)
+	}
+}
+
+// transferKeys has a peer work on random keys until stop. What fails is tried again on another connection, as soon as a sidecar trusts what it reaches.
+func transferKeys(peer *proxy.Peer, rng *rand.Rand, stop <-chan struct{}) {
+	ctx := context.Background()
+	for sleep(time.Millisecond, stop) {
+		link, err := peer.Dial(ctx)
+		if err != nil {
+			continue
+		}
+		if _, err = link.Measure(ctx); err == nil {
+			var standing proxy.Standing
+			if standing, err = link.Standing(ctx); err == nil && standing != proxy.Verified {
+				err = errors.New("nobody has looked at this redis yet")
+			}
+		}
+		for err == nil && sleep(time.Duration(rng.IntN(3))*time.Millisecond, stop) {
+			var keys []string
+			for range 1 + rng.IntN(4) {
+				keys = append(keys, "k"+strconv.Itoa(rng.IntN(historyKeys)))
+			}
+			slices.Sort(keys)
+			keys = slices.Compact(keys)
+			switch rng.IntN(5) {
+			case 0:
+				_, err = link.Copy(ctx, refs(keys...), nil, false)
+			case 1:
+				_, err = link.PreferStore(ctx, refs(keys...))
+			default:
+				_, err = link.Promote(ctx, refs(keys...), nil)
+			}
+		}
+		link.Close()
+	}
+}
+
 var scenarios = []scenario{
+	{"transfer/phase1", []policy.Phase{policy.Phase1, policy.Phase1}, 0, false, transferring(evict)},
+	{"transfer/phase0+phase1", []policy.Phase{policy.Phase0, policy.Phase1}, 0, false, transferring(evict)},
+	{"transfer/phase1+phase2", []policy.Phase{policy.Phase1, policy.Phase2}, 0, true, transferring(evict)},
+	{"transfer/phase2", []policy.Phase{policy.Phase2, policy.Phase2}, 0, true, transferring(evict)},
+	{"transfer/connections/phase1", []policy.Phase{policy.Phase1, policy.Phase1}, 700 * time.Millisecond, false, transferring(killConnections)},
+	{"transfer/killRedis/phase1", []policy.Phase{policy.Phase1, policy.Phase1}, 700 * time.Millisecond, false, transferring(killRedis)},
+	{"transfer/killPostgres/phase1", []policy.Phase{policy.Phase1, policy.Phase1}, 0, false, transferring(killPostgres)},
+
 	{"evict/phase1", []policy.Phase{policy.Phase1, policy.Phase1}, 0, false, evict},
 	{"evict/phase0+phase1", []policy.Phase{policy.Phase0, policy.Phase1}, 0, false, evict},
 	{"evict/phase1+phase2", []policy.Phase{policy.Phase1, policy.Phase2}, 0, true, evict},

@@ -729,7 +729,8 @@ func (c *PeerLink) PreferStore(ctx context.Context, refs []policy.Ref) ([]Done, 
 }
 
 // PreferRedis drops the rows of keys that Redis has a string for, as a write of phase2 does that changes nothing: the key is marked in the script that
-// makes sure of its value, its row goes, and then the mark. A key that Redis lacks stays as it is.
+// makes sure of its value, its row goes, and then the mark. A key that Redis lacks stays as it is. The Redis must be Verified: a row is all that is left of what one has
+// forgotten that was restarted.
 func (c *PeerLink) PreferRedis(ctx context.Context, refs []policy.Ref) ([]Done, error) {
 	out := make([]Done, len(refs))
 	for i, ref := range refs {
@@ -765,6 +766,14 @@ func (c *PeerLink) preferRedis(ctx context.Context, ref policy.Ref) (Done, error
 		return Done{Fate: Marked}, nil
 	case r.code != keyValue:
 		return Done{Fate: Gone}, nil
+	}
+	// An entry makes the row the truth, and may be younger than what the caller knows: see repairPart.
+	named, err := tx.Named(ctx, key)
+	if err != nil {
+		return Done{}, err
+	}
+	if named[ref.Key] {
+		return Done{Fate: Marked}, nil
 	}
 	version := c.p.version()
 	rs, err = c.script(ctx, scriptWrite, key, number, version, leaseMS,

@@ -41,10 +41,10 @@ func (s *peerStore) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, 
 	return rows, err
 }
 
-// peer is a Peer's connection in this world.
-func (w *world) peer() (*proxy.PeerLink, *peerStore) {
+// newPeer is a Peer in this world.
+func (w *world) newPeer(timeout time.Duration) (*proxy.Peer, *peerStore) {
 	w.t.Helper()
-	fs, err := fallback.New(fallback.Config{URL: w.pgURL, QueryTimeout: peerPatience})
+	fs, err := fallback.New(fallback.Config{URL: w.pgURL, QueryTimeout: timeout})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -54,11 +54,18 @@ func (w *world) peer() (*proxy.PeerLink, *peerStore) {
 	}
 	store := &peerStore{PeerStore: bridge.Peer(fs)}
 	p, err := proxy.NewPeer(proxy.PeerConfig{
-		Redis: proxy.RedisConfig{URL: w.redis.URL(), Timeout: peerPatience, DialTimeout: peerPatience}, MaxValue: 1 << 20, Instance: "peer",
+		Redis: proxy.RedisConfig{URL: w.redis.URL(), Timeout: timeout, DialTimeout: timeout}, MaxValue: 1 << 20, Instance: fmt.Sprintf("peer%d", instances.Add(1)),
 	}, store)
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	return p, store
+}
+
+// peer is a Peer's connection.
+func (w *world) peer() (*proxy.PeerLink, *peerStore) {
+	w.t.Helper()
+	p, store := w.newPeer(peerPatience)
 	link, err := p.Dial(context.Background())
 	if err != nil {
 		w.t.Fatal(err)
@@ -347,6 +354,44 @@ func TestPreferRedis(t *testing.T) {
 	c.want("1", "GET", "only in the store")
 	c.want("+OK", "SET", "value", "3")
 	c.want("3", "GET", "value")
+}
+
+// A row that an entry names is the truth, also from phase2 on: a sidecar in phase1 has written it, cut off from Redis.
+func TestPreferRedisBesideAnEntry(t *testing.T) {
+	w := newWorld(t)
+	link, _ := w.peer()
+	w.row("k", `2`, nil, nil)
+	w.raw.want("+OK", "SET", "k", "1")
+	w.sql("INSERT INTO cacheproxy.journal (keys, routes) VALUES ('{k}', '{all}') RETURNING 'ok'")
+	done, err := link.PreferRedis(context.Background(), refs("k"))
+	wantFates(t, done, err, "marked")
+	if got := w.sql("SELECT value::text FROM cacheproxy.entries"); got != "2" {
+		t.Errorf("the row is %s", got)
+	}
+}
+
+func TestStanding(t *testing.T) {
+	w := newWorld(t)
+	ctx := context.Background()
+	link, _ := w.peer()
+	want := func(want proxy.Standing) {
+		t.Helper()
+		if got, err := link.Standing(ctx); err != nil || got != want {
+			t.Errorf("%d, %v; want %d", got, err, want)
+		}
+	}
+	w.raw.want("+OK", "SET", "old", "1")
+	want(proxy.Unknown)
+	w.raw.want(":1", "DEL", "old")
+	want(proxy.Verified) // it is empty, and has a clock now
+	w.row("k", "1", nil, nil)
+	done, err := link.Promote(ctx, refs("k"), nil)
+	wantFates(t, done, err, "promoted")
+	w.sidecar(policy.Phase1)
+	w.raw.want("1", "GET", "k") // the first sidecar drops nothing
+	w.raw.want("+OK", "SET", "cacheproxy:clock", "1 another one")
+	want(proxy.Unverified)
+	w.until("a sidecar has looked", func() bool { got, err := link.Standing(ctx); return err == nil && got == proxy.Verified })
 }
 
 // A connection that is given up is of no use any more, and the next one works.

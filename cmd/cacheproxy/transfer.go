@@ -176,7 +176,10 @@ func transferFailure(err error) error {
 func (t *transferring) reach(ctx context.Context, f *transferFlags, do func(context.Context) error) error {
 	for end := time.Now().Add(f.patience); ; {
 		err := do(ctx)
-		if err == nil || ctx.Err() != nil || storeTrouble(err) == "" {
+		if err != nil && ctx.Err() != nil {
+			return transfer.ErrInterrupted
+		}
+		if err == nil || storeTrouble(err) == "" {
 			return err
 		}
 		if time.Now().After(end) {

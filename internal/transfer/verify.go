@@ -569,6 +569,14 @@ func (v *verification) conclude(ctx context.Context, all []suspect) error {
 				if err != nil {
 					return err
 				}
+				switch standing, err := link.Standing(ctx); {
+				case err != nil:
+					return err
+				case standing == proxy.Unverified:
+					return errUnverified
+				case standing == proxy.Unknown:
+					return &Refusal{"redis has keys, and no sidecar has served it yet: the first that starts repairs them; start one first"}
+				}
 				done, err = v.repair(ctx, link, part)
 				return err
 			})
