@@ -107,6 +107,17 @@ func (s *Store) known(ctx context.Context) (*columns, error) {
 	return cs, nil
 }
 
+// doubt has the catalogue asked again if err says that a table is not as it was, and returns err: a column that was dropped
+// is an outage until somebody has mended it, and the poll must not find that it is over before.
+func (s *Store) doubt(cs *columns, err error) error {
+	if pg := pgError(err); pg != nil && class(pg) == "42" && len(cs.list) > 0 {
+		if fresh, err := newColumns(cs.configured()); err == nil {
+			s.columns.CompareAndSwap(cs, fresh)
+		}
+	}
+	return err
+}
+
 // column is one Column with its SQL. The columns of the table and the literals of the template are part of it, each quoted;
 // keys and values never are.
 type column struct {
@@ -120,6 +131,7 @@ type column struct {
 	write  string // $1 keys, $2… parts, then JSON, kinds, amounts, drops, route, scope
 	page   string // $1… parts to begin behind, then route and limit
 	first  string // $1 route, $2 limit
+	forget string // $1 keys, $2… parts, then route, milliseconds, scope
 	recent string // $1 route, $2 since, $3 the key to begin behind, $4 limit
 }
 
@@ -230,13 +242,14 @@ func (c *column) compose() {
 		"{life}", c.lifeSQL(), "{set}", c.setSQL(), "{kept}", c.keptSQL(),
 		"{$1}", c.dollar(1), "{$2}", c.dollar(2), "{$3}", c.dollar(3), "{$4}", c.dollar(4), "{$5}", c.dollar(5), "{$6}", c.dollar(6),
 		"{after1}", "$"+strconv.Itoa(n+1), "{after2}", "$"+strconv.Itoa(n+2), "{texts}", c.textsSQL(), "{behind}", c.behindSQL(), "{named}", c.namedSQL(),
-		"{key}", c.keySQL("r"), "{joins}", c.joinsSQL("r"), "{updated}", c.updatedSQL(),
+		"{first}", quoted(c.Keys[0]), "{key}", c.keySQL("r"), "{joins}", c.joinsSQL("r"), "{updated}", c.updatedSQL(),
 	)
 	c.load = word.Replace(columnLoadSQL)
 	c.lock = word.Replace(columnLockSQL)
 	c.write = word.Replace(columnWriteSQL)
 	c.first = word.Replace(columnFirstSQL)
 	c.page = word.Replace(columnPageSQL)
+	c.forget = word.Replace(columnForgetSQL)
 	c.recent = word.Replace(columnRecentSQL)
 }
 
@@ -429,6 +442,18 @@ WHERE {behind} AND {named}
   AND (r.{value} IS NOT NULL OR EXISTS (SELECT FROM cacheproxy.meta m WHERE m.route = {after1}::text AND m.key = {key}))
 ORDER BY {order}
 LIMIT {after2}::bigint`
+	// What is known of a key is not needed any more if it is as old as tombstones get and says nothing that the row does not say by
+	// itself: there is no row; or it is empty, and was not dropped; or the value stays for ever, and no fence has ever been raised.
+	columnForgetSQL = `
+DELETE FROM cacheproxy.meta m
+USING (SELECT u.key, r.{first} IS NULL AS none, r.{value} IS NULL AS empty
+       FROM unnest($1::text[], {arrays}) AS u(key, {names})
+       LEFT JOIN {table} r ON {match}) k
+WHERE m.route = {$1}::text AND m.key = k.key AND m.change IS NULL
+  AND m.updated_at < statement_timestamp() - {$2}::bigint * interval '1 millisecond'
+  AND (k.none OR k.empty AND NOT m.dropped
+       OR NOT k.empty AND m.expires_at IS NULL
+          AND NOT EXISTS (SELECT FROM cacheproxy.generations g WHERE g.scope = {$3}::text))`
 	columnRecentSQL = `
 SELECT m.key FROM cacheproxy.meta m WHERE m.route = $1::text AND m.updated_at >= $2::timestamptz AND m.key > $3::text
 {updated}

@@ -542,3 +542,100 @@ func TestColumnBecomesUsable(t *testing.T) {
 	}
 	expectStands(t, s, "N", "report:1")
 }
+
+// TestColumnRights: each refusal names the statement that helps, and the statement does help.
+func TestColumnRights(t *testing.T) {
+	owner := openColumns(t, `CREATE SCHEMA app; CREATE TABLE app.reports (id int PRIMARY KEY, title text, analytics_cache jsonb, until timestamptz);
+		INSERT INTO app.reports VALUES (1, 'x', '1')`)
+	s, role := stranger(t, owner)
+	st, err := s.schemaState(testContext(t))
+	must(t, err)
+	sql(t, owner, st.grants())
+	c := reports(t)
+	c.Table, c.Expires = "app.reports", "until"
+	must(t, s.SetColumns([]Column{c}))
+	for _, want := range []string{`GRANT USAGE ON SCHEMA "app" TO "` + role + `";`, `GRANT UPDATE ("analytics_cache", "until") ON "app"."reports" TO "` + role + `";`,
+		`GRANT SELECT ON "app"."reports" TO "` + role + `";`} {
+		found, err := s.CheckColumns(testContext(t))
+		must(t, err)
+		named := false
+		for _, f := range found[0].Findings {
+			if _, statement, ok := strings.Cut(f.Remedy, "run: "); ok && statement == want {
+				sql(t, owner, statement)
+				named = true
+			}
+		}
+		if !named {
+			t.Errorf("found %+v, want %s", found[0].Findings, want)
+		}
+	}
+	write(t, s, lasting(put(one("report:1"), "2"), policy.ExpiresIn, 3_600_000))
+	expectStands(t, s, "LN", "report:1", "report:2")
+
+	sql(t, owner, `ALTER TABLE app.reports ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON app.reports USING (true)`)
+	found, err := s.CheckColumns(testContext(t))
+	must(t, err)
+	if f := found[0].Findings; len(f) != 1 || !strings.Contains(f[0].Problem, "row-level security") || !strings.Contains(f[0].Remedy, "BYPASSRLS") {
+		t.Errorf("found %+v", f)
+	}
+}
+
+// TestColumnIsDropped: the store is of no use until somebody has mended the table, and then without a restart.
+func TestColumnIsDropped(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, '1')`, reports(t))
+	expectStands(t, s, "L", "report:1")
+	sql(t, s, `ALTER TABLE reports RENAME analytics_cache TO other`)
+	if _, err := s.Load(testContext(t), legacy("report:1")); err == nil {
+		t.Fatal("a column that is gone is read")
+	}
+	_, err := s.Poll(testContext(t), 0)
+	if _, ok := errors.AsType[*ColumnError](err); !ok {
+		t.Errorf("the poll says %v", err)
+	}
+	sql(t, s, `ALTER TABLE reports RENAME other TO analytics_cache`)
+	_, err = s.Poll(testContext(t), 0)
+	must(t, err)
+	expectStands(t, s, "L", "report:1")
+}
+
+// TestSchemaOfAnEarlierVersion: what it lacks is made, and what it holds stays.
+func TestSchemaOfAnEarlierVersion(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	write(t, s, put(policy.Ref{Route: "own", Key: "k"}, "v"))
+	sql(t, s, `DROP TABLE cacheproxy.meta`)
+	must(t, s.EnsureSchema(testContext(t)))
+	must(t, s.SetColumns([]Column{reports(t)}))
+	sql(t, s, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, '1')`)
+	write(t, s, put(one("report:1"), "2"))
+	if rows := read(t, s, one("report:1"), policy.Ref{Route: "own", Key: "k"}); stands(rows) != "LL" {
+		t.Error(stands(rows))
+	}
+}
+
+// TestColumnSweep: what is known of a key goes when it says nothing any more, and what keys read as stays.
+func TestColumnSweep(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) SELECT i, '0' FROM generate_series(1, 9) i`, reports(t))
+	record(t, s, reports(t))
+	write(t, s, put(one("report:1"), "1"), lasting(put(one("report:2"), "2"), policy.ExpiresIn, 3_600_000), lasting(put(one("report:3"), "3"), policy.ExpiresAt, 1000),
+		del("report:4"), drop("report:5"), put(one("report:6"), "6"), put(one("report:7"), "7"))
+	sql(t, s, `SET cacheproxy.own = 'on'; DELETE FROM reports WHERE id = 6; RESET cacheproxy.own; UPDATE reports SET analytics_cache = '8' WHERE id = 8`)
+	sql(t, s, `UPDATE cacheproxy.meta SET updated_at = now() - interval '1 day' WHERE key <> 'report:7'`)
+	all := []string{"report:1", "report:2", "report:3", "report:4", "report:5", "report:6", "report:7", "report:8"}
+	const stand = "LLTTANLL"
+	expectStands(t, s, stand, all...)
+	var at metaPlace
+	must(t, s.sweepMeta(testContext(t), &at))
+	expectStands(t, s, stand, all...)
+	if got := ask[string](t, s, `SELECT string_agg(key, ' ' ORDER BY key) FROM cacheproxy.meta`); got != "report:2 report:3 report:5 report:7 report:8" {
+		t.Errorf("left are %s", got)
+	}
+	// Below a fence the generation counts.
+	must(t, s.Fence(testContext(t), "legacy", nothing))
+	write(t, s, put(one("report:1"), "1"))
+	sql(t, s, `UPDATE cacheproxy.meta SET updated_at = now() - interval '1 day'`)
+	must(t, s.sweepMeta(testContext(t), &at))
+	expectStands(t, s, "LA", "report:1", "report:9")
+}

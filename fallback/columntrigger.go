@@ -30,14 +30,16 @@ const changeKeys = 100
 // earlier one has not struck the later. It becomes visible with the change itself, and voids what meta says of the value before.
 //
 // The functions run with the rights of their owner, so that whoever changes the table needs none; their search_path is fixed.
+// To compile their expressions would take longer than to run them: for 20,000 rows 0.4 s, of 0.7.
 const triggerSQL = `-- Records changes of {table}.{value} that are not made through cacheproxy, for the route {name}.
 -- Run it as a superuser, or as a role that owns the table and may create in the schema cacheproxy. It may be repeated.
 -- To remove it: DROP FUNCTION cacheproxy.{function} CASCADE;
 BEGIN;
+SET LOCAL client_min_messages = warning;
 SET LOCAL lock_timeout = '5s'; -- the triggers wait for statements on the table, and others wait behind them
 
 CREATE OR REPLACE FUNCTION cacheproxy.{function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off
 AS $cacheproxy${body}$cacheproxy$;
 
 DROP TRIGGER IF EXISTS {insert} ON {table};
@@ -79,13 +81,11 @@ BEGIN
         changed := ARRAY(SELECT {newkey} FROM new_rows n WHERE n.{value} IS NOT NULL AND {newjoins});
     ELSIF TG_OP = 'UPDATE' THEN
         changed := ARRAY(
-            SELECT {newkey} FROM new_rows n LEFT JOIN old_rows o ON {same}
-            WHERE ({nomatch} AND n.{value} IS NOT NULL
-                   OR NOT ({nomatch}) AND (n.{value} IS DISTINCT FROM o.{value}{expires}))
-              AND {newjoins}
-            UNION
-            SELECT {oldkey} FROM old_rows o
-            WHERE NOT EXISTS (SELECT FROM new_rows n WHERE {same}) AND {oldheld} AND {oldjoins});
+            SELECT CASE WHEN n.{first} IS NULL THEN {oldkey} ELSE {newkey} END
+            FROM new_rows n FULL JOIN old_rows o ON {same}
+            WHERE CASE WHEN n.{first} IS NULL THEN {oldheld} AND {oldjoins}
+                       WHEN o.{first} IS NULL THEN n.{value} IS NOT NULL AND {newjoins}
+                       ELSE (n.{value} IS DISTINCT FROM o.{value}{expires}) AND {newjoins} END);
     ELSIF TG_OP = 'DELETE' THEN
         changed := ARRAY(SELECT {oldkey} FROM old_rows o WHERE {oldheld} AND {oldjoins});
     ELSE
@@ -150,11 +150,10 @@ func (c *column) triggerSQL() string {
 
 // body is what the function of the column must be for what is recorded to be right.
 func (c *column) body() string {
-	same, nomatch := make([]string, len(c.Keys)), ""
+	same := make([]string, len(c.Keys))
 	for i, key := range c.Keys {
 		same[i] = "n." + quoted(key) + " = o." + quoted(key)
 	}
-	nomatch = "o." + quoted(c.Keys[0]) + " IS NULL"
 	expires := ""
 	if c.Expires != "" {
 		expires = " OR n." + quoted(c.Expires) + " IS DISTINCT FROM o." + quoted(c.Expires)
@@ -164,7 +163,7 @@ func (c *column) body() string {
 		quoted(c.Value), literalSQL(c.Route), oldKey)
 	return strings.NewReplacer(
 		"{table}", c.relation(), "{value}", quoted(c.Value), "{expires}", expires, "{keys}", fmt.Sprint(changeKeys),
-		"{same}", strings.Join(same, " AND "), "{nomatch}", nomatch, "{oldheld}", held,
+		"{same}", strings.Join(same, " AND "), "{first}", quoted(c.Keys[0]), "{oldheld}", held,
 		"{newkey}", c.keySQL("n"), "{oldkey}", oldKey, "{newjoins}", c.joinsSQL("n"), "{oldjoins}", c.joinsSQL("o"),
 		"{route}", literalSQL(c.Route), "{scope}", literalSQL(c.scope()),
 	).Replace(bodySQL)

@@ -65,7 +65,7 @@ func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, erro
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, s.doubt(cs, err)
 	}
 	return rows, nil
 }

@@ -90,10 +90,60 @@ func (s *Store) Sweep(ctx context.Context) (int, error) {
 	return n, err
 }
 
+// metaPageSQL is a page of what is known of a column's keys, in their order.
+const metaPageSQL = `SELECT key FROM cacheproxy.meta WHERE route = $1::text AND key > $2::text ORDER BY key LIMIT $3::bigint`
+
+// sweepMeta takes one page of cacheproxy.meta, behind the one that it took before, and forgets what is not needed any more. The
+// columns themselves are never swept. Most of what is there stays, so that a full walk is no hurry: it only keeps the table
+// from growing by keys that the application has deleted.
+func (s *Store) sweepMeta(ctx context.Context, at *metaPlace) error {
+	cs, err := s.known(ctx)
+	if err != nil || len(cs.list) == 0 {
+		return err
+	}
+	if at.column >= len(cs.list) {
+		*at = metaPlace{}
+	}
+	c := cs.list[at.column]
+	return s.do(ctx, s.house, "sweep what is known of a column", func(ctx context.Context, conn *pgx.Conn) error {
+		rows, err := conn.Query(ctx, metaPageSQL, c.Route, at.after, sweepBatch)
+		if err != nil {
+			return err
+		}
+		page, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			return err
+		}
+		if len(page) < sweepBatch {
+			*at = metaPlace{column: at.column + 1}
+		} else {
+			at.after = page[len(page)-1]
+		}
+		var keys parallel
+		for _, key := range page {
+			if parts, ok := c.split(key); ok {
+				keys.add(key, parts)
+			}
+		}
+		if len(keys.keys) == 0 {
+			return nil
+		}
+		_, err = conn.Exec(ctx, c.forget, keys.args(c.Route, s.cfg.Window.Milliseconds(), c.scope())...)
+		return err
+	})
+}
+
+// metaPlace is how far sweepMeta has come.
+type metaPlace struct {
+	column int
+	after  string
+}
+
 // Run sweeps until ctx ends and then returns nil; nothing that it started is left. A sweep that fails is
 // logged once until one succeeds again.
 func (s *Store) Run(ctx context.Context) error {
 	failing := false
+	var meta metaPlace
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -105,6 +155,9 @@ func (s *Store) Run(ctx context.Context) error {
 		// The sidecars of a fleet start together and must not sweep together: half to one and a half times.
 		pause := s.sweepEvery/2 + rand.N(s.sweepEvery)
 		n, err := s.Sweep(ctx)
+		if err == nil {
+			err = s.sweepMeta(ctx, &meta)
+		}
 		switch {
 		case ctx.Err() != nil:
 			return nil

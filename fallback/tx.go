@@ -115,7 +115,7 @@ func (s *Store) open(ctx context.Context, refs []policy.Ref, values bool) (*Tx, 
 	// Nothing is committed here, so a dead connection from the pool costs no more than a second attempt.
 	if err := s.try(ctx, func() error { return t.begin(ctx, values) }); err != nil {
 		s.writes.release()
-		return nil, wrap("begin", err)
+		return nil, wrap("begin", s.doubt(cs, err))
 	}
 	return t, nil
 }
@@ -237,7 +237,7 @@ func (t *Tx) Commit(ctx context.Context, changes []policy.Change, opt CommitOpti
 	defer br.Close()
 	for range before {
 		if _, err := br.Exec(); err != nil {
-			return 0, commitError(err, false)
+			return 0, commitError(t.s.doubt(t.cs, err), false)
 		}
 	}
 	if len(opt.Journal) > 0 {

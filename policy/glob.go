@@ -105,3 +105,65 @@ func matchSet(p []byte, c byte) (n int, ok bool) {
 	}
 	return i, in != negated
 }
+
+// Overlap tells whether a string may be matched by both patterns. It is for a configuration, which is read once, and not for keys.
+func Overlap(a, b string) bool {
+	as, bs := elements(a), elements(b)
+	width := len(bs) + 1
+	seen := make([]bool, (len(as)+1)*width)
+	todo := []int{0}
+	visit := func(i, j int) {
+		if at := i*width + j; !seen[at] {
+			seen[at] = true
+			todo = append(todo, at)
+		}
+	}
+	for len(todo) > 0 {
+		at := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		i, j := at/width, at%width
+		endA, endB := i == len(as), j == len(bs)
+		switch {
+		case endA && endB:
+			return true
+		case !endA && as[i] == "*":
+			visit(i+1, j)
+			if !endB {
+				visit(i, j+1)
+			}
+		case !endB && bs[j] == "*":
+			visit(i, j+1)
+			if !endA {
+				visit(i+1, j)
+			}
+		case !endA && !endB && meet(as[i], bs[j]):
+			visit(i+1, j+1)
+		}
+	}
+	return false
+}
+
+// elements are the parts of a pattern that take one byte each, and its stars.
+func elements(pattern string) []string {
+	var out []string
+	for p := []byte(pattern); len(p) > 0; {
+		n := 1
+		if p[0] != '*' {
+			n, _ = matchByte(p, 0)
+		}
+		out, p = append(out, string(p[:n])), p[n:]
+	}
+	return out
+}
+
+// meet tells whether two elements take a byte that is the same.
+func meet(a, b string) bool {
+	for c := range 256 {
+		_, one := matchByte([]byte(a), byte(c))
+		_, other := matchByte([]byte(b), byte(c))
+		if one && other {
+			return true
+		}
+	}
+	return false
+}

@@ -196,3 +196,22 @@ func globByDefinition(pattern, s []byte) bool {
 	n, ok := matchByte(pattern, s[0])
 	return ok && globByDefinition(pattern[n:], s[1:])
 }
+
+func TestOverlap(t *testing.T) {
+	for _, tt := range []struct {
+		a, b string
+		want bool
+	}{
+		{"*", "a", true}, {"", "", true}, {"", "a", false}, {"a", "a", true}, {"a", "b", false}, {"a*", "*b", true}, {"a*", "b*", false},
+		{"report:?*", "report:", false}, {"report:?*", "report:*", true}, {"report:?*", "user:*", false}, {"report:?*", "*:7", true},
+		{"r:?*:v1", "r:?*:v2", false}, {"r:?*", "r:?*:v1", true}, {"[a-c]x", "[^a-c]x", false}, {"[a-c]x", "?x", true}, {`\*`, "[a-z]", false},
+		{"???", "*a*b*", true}, {"??", "*a*b*c*", false}, {"[ab", "b", true}, {`a\`, `a\`, true},
+	} {
+		if got := Overlap(tt.a, tt.b); got != tt.want {
+			t.Errorf("%s and %s: %v", tt.a, tt.b, got)
+		}
+		if got := Overlap(tt.b, tt.a); got != tt.want {
+			t.Errorf("%s and %s: %v", tt.b, tt.a, got)
+		}
+	}
+}

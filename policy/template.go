@@ -167,7 +167,7 @@ func (t *Template) Glob() string {
 	var b strings.Builder
 	for i, lit := range t.literals {
 		if i > 0 {
-			b.WriteByte('*')
+			b.WriteString("?*")
 		}
 		for j := range len(lit) {
 			if strings.IndexByte(`*?[\`, lit[j]) >= 0 {

@@ -182,6 +182,7 @@ func (l *loader) checkRoutes() {
 		case all >= 0:
 			l.reject(path+".match", fmt.Sprintf("can never match: routes[%d] above matches every key", all), "move this route above it")
 		default:
+			l.checkShadowed(i, path)
 			patterns[r.Match] = i
 			if !column && strings.Trim(r.Match, "*") == "" {
 				all = i

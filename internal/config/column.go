@@ -196,3 +196,30 @@ func (l *loader) checkColumnsOnce() {
 		first[c] = i
 	}
 }
+
+// checkShadowed reports a route above that has some of a column's keys: a row of the column would have no key then, or
+// one that is not its own.
+func (l *loader) checkShadowed(i int, path string) {
+	r := l.cfg.Routes[i]
+	t := r.template()
+	for j, above := range l.cfg.Routes[:i] {
+		at := fmt.Sprintf("routes[%d]", j)
+		other, isColumn := above.Match, above.Store.Kind == "column"
+		if u := above.template(); u != nil {
+			other = u.Glob()
+		}
+		if t == nil || l.bad[at] || l.bad[at+".match"] || above.Match == "" || isColumn && above.template() == nil {
+			continue
+		}
+		switch {
+		case isColumn && policy.Overlap(t.Glob(), other):
+			l.reject(path+".match", fmt.Sprintf("has keys that %s above has too, and a row of each would have the same key", at),
+				"give the two patterns different text before, between or behind the placeholders")
+		case policy.Overlap(t.Glob(), other):
+			l.reject(path+".match", fmt.Sprintf("has keys that go to %s above", at), "move this route above it")
+		default:
+			continue
+		}
+		return
+	}
+}

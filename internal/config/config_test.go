@@ -88,7 +88,7 @@ func TestManualsExampleWorks(t *testing.T) {
 func TestColumnRoutes(t *testing.T) {
 	c := mustLoad(t, write(t, `
 routes:
-  - {name: t, match: "r:{id}*"}
+  - {name: t, match: "t:{id}*"}
   - name: one
     match: "r:{id}"
     store: {kind: column, table: '"my app".reports', key_column: id, value_column: v, expires_column: until}
