@@ -278,6 +278,42 @@ func TestColumnKeepsTheBytesInRedis(t *testing.T) {
 	}
 }
 
+// A sidecar that dies when its command has run, and before the result is written, has changed nothing, and what it had done never was to be seen.
+func TestColumnDiesBeforeItWrites(t *testing.T) {
+	w := columnWorld(t)
+	link := testenv.NewLink(t, w.redis.Addr())
+	steps := testenv.NewSteps(link, nil)
+	s := w.column(policy.Phase2, func(o *sidecarOptions) { o.redisURL = "redis://" + link.Addr() + "/0" })
+	c := s.dial(t)
+	c.want("+OK", "SET", "report:1", `{"a":1}`)
+	w.raw.want(":1", "EXPIRE", "report:1", "1000")
+	ran := false
+	steps.At(func(step testenv.Step) bool {
+		if step.Name == "aside" && step.Done {
+			ran = true
+			if got := w.raw.do("GET", "report:1"); got != `{"a":1}` {
+				t.Errorf("when it had run, Redis held %s", got)
+			}
+		}
+		return step.Name != "write" || step.Done
+	})
+	if got := c.do("EVAL", "return redis.call('SET', KEYS[1], '2')", "1", "report:1"); !strings.HasPrefix(got, "-UN") {
+		t.Errorf("EVAL answers %q", got)
+	}
+	steps.At(nil)
+	if !ran {
+		t.Error("it has not run")
+	}
+	w.until("redis is trusted again", func() bool { return s.srv.Health().Redis.Status == "connected" })
+	c.want(`{"a":1}`, "GET", "report:1")
+	if ttl := w.raw.do("TTL", "report:1"); ttl != ":1000" && ttl != ":999" {
+		t.Errorf("TTL is %s", ttl)
+	}
+	c.want("+OK", "EVAL", "return redis.call('SET', KEYS[1], '2')", "1", "report:1")
+	c.want("2", "GET", "report:1")
+	w.journalEmpty()
+}
+
 // A key without a row lives in Redis alone.
 func TestColumnWithoutARow(t *testing.T) {
 	for _, phase := range columnPhases {
