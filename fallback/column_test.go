@@ -639,3 +639,59 @@ func TestColumnSweep(t *testing.T) {
 	must(t, s.sweepMeta(testContext(t), &at))
 	expectStands(t, s, "LA", "report:1", "report:9")
 }
+
+func TestColumnPage(t *testing.T) {
+	t.Parallel()
+	c := Column{Route: "legacy", Table: "reports", Keys: []string{"tenant", "id"}, Value: "v", Template: template(t, "u:{tenant}:{id}")}
+	s := openColumns(t, `CREATE TABLE public.reports (id int, tenant text, v jsonb, PRIMARY KEY (tenant, id));
+		INSERT INTO reports SELECT i, t, CASE WHEN i % 3 > 0 THEN '{"n": 1}'::jsonb END FROM generate_series(-3, 12) i, unnest('{a,B,"c:d",é}'::text[]) t`, c)
+	write(t, s, lasting(put(one("u:a:1"), "1"), policy.ExpiresAt, 1000), lasting(put(one("u:a:2"), "2"), policy.ExpiresIn, 3_600_000), drop("u:a:4"), del("u:a:5"))
+	col := s.columns.Load().list[0]
+	for _, limit := range []int{1, 5, 100} {
+		states, expired := map[string]policy.State{}, ""
+		after, last := "", ""
+		for {
+			p, err := s.columnPage(testContext(t), col, policy.PageRequest{Route: "legacy", After: after, Limit: limit})
+			must(t, err)
+			for _, row := range p.Rows {
+				if _, twice := states[row.Key]; twice {
+					t.Fatalf("%s comes twice", row.Key)
+				}
+				states[row.Key], last = row.State, row.Key
+				if row.Expired {
+					expired += row.Key
+				}
+				if (row.Size > 0) != (row.State == policy.Live || row.Expired) {
+					t.Errorf("%+v", row)
+				}
+			}
+			if after = p.Next; after == "" {
+				break
+			}
+		}
+		if len(states) != 48 || expired != "u:a:1" { // those of the tenant c:d have no key
+			t.Errorf("by %d: %d rows, expired %q, last %s", limit, len(states), expired, last)
+		}
+		var keys []string
+		for key := range states {
+			keys = append(keys, key)
+		}
+		for i, row := range read(t, s, legacy(keys...)...) {
+			if row.State != states[keys[i]] {
+				t.Errorf("%s: %d on the page, %d when read", keys[i], states[keys[i]], row.State)
+			}
+		}
+	}
+	for _, place := range []string{"x", `["a"]`, `["a", "1x"]`, `["a", "01"]`} {
+		if _, err := s.columnPage(testContext(t), col, policy.PageRequest{Route: "legacy", After: place}); err == nil {
+			t.Errorf("it goes on from %s", place)
+		}
+	}
+	if n, err := s.columnEstimate(testContext(t), col); err != nil || n != 64 {
+		t.Errorf("%d %v", n, err)
+	}
+	sql(t, s, `INSERT INTO reports SELECT i, 'x', NULL FROM generate_series(1, 20000) i; ANALYZE reports`)
+	if n, err := s.columnEstimate(testContext(t), col); err != nil || n < 15000 || n > 25000 {
+		t.Errorf("%d %v", n, err)
+	}
+}
