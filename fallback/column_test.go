@@ -331,6 +331,53 @@ func TestColumnRowsAreLocked(t *testing.T) {
 	}
 }
 
+// TestColumnYields: where the proxy and other code would wait for each other for ever, the proxy gives up.
+//
+//	1 their transaction changes row 2    2 we lock row 1, and wait for row 2    3 theirs comes to row 1
+func TestColumnYields(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, '1'), (2, '2')`, reports(t))
+	conn, err := s.pool.Acquire(testContext(t))
+	must(t, err)
+	defer conn.Release()
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `BEGIN; SET LOCAL lock_timeout = 0; UPDATE reports SET analytics_cache = '20' WHERE id = 2`).ReadAll()
+	must(t, err)
+	began := make(chan error, 1)
+	go func() {
+		tx, err := s.Begin(testContext(t), legacy("report:2", "report:1"))
+		if err == nil {
+			tx.Rollback()
+		}
+		began <- err
+	}()
+	eventually(t, func() bool {
+		return len(began) > 0 || ask[int](t, s, `SELECT count(*) FROM pg_locks l WHERE NOT l.granted AND l.locktype IN ('tuple', 'transactionid')
+			AND l.pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`) > 0
+	})
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `UPDATE reports SET analytics_cache = '10' WHERE id = 1; COMMIT`).ReadAll()
+	must(t, err)
+	if err := <-began; !Retryable(err) {
+		t.Errorf("Begin: %v", err)
+	}
+	// One row is waited for as long as any lock.
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `BEGIN; UPDATE reports SET analytics_cache = '20' WHERE id = 2`).ReadAll()
+	must(t, err)
+	go func() {
+		tx, err := s.Begin(testContext(t), legacy("report:2"))
+		if err == nil {
+			tx.Rollback()
+		}
+		began <- err
+	}()
+	eventually(t, func() bool {
+		return len(began) > 0 || ask[bool](t, s, `SELECT coalesce(max(clock_timestamp() - waitstart) > interval '600 ms', false) FROM pg_locks l WHERE NOT l.granted
+			AND l.pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`)
+	})
+	_, err = conn.Exec(testContext(t), `COMMIT`)
+	must(t, err)
+	must(t, <-began)
+}
+
 // TestColumnStatements: a column costs no round trip more than the table.
 func TestColumnStatements(t *testing.T) {
 	t.Parallel()
