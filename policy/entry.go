@@ -71,3 +71,29 @@ type Change struct {
 	Value  []byte // with Put; not kept after the call
 	Expiry Expiry // with Put
 }
+
+// PageRequest asks a store for the next rows of a route, in the store's own order.
+type PageRequest struct {
+	Route string
+	// Prefix is the literal that every key of the route begins with; it may be empty. A store may leave out what does not begin with it,
+	// and may return it: whether a key is the route's is the caller's to decide.
+	Prefix string
+	After  string // the Next of the page before; "" begins
+	Limit  int    // how many rows are looked at
+}
+
+// PageRow is one row without its value.
+type PageRow struct {
+	Key     string
+	State   State // a row of a dead generation is Absent, one that has expired a Tombstone
+	Expired bool  // with Tombstone: it has expired, and was not deleted
+	// Size is what the value takes, in bytes: compressed where the store keeps it so, and then less than the value itself.
+	Size int64
+}
+
+// Page is a part of a store. Next is opaque, text without NUL; it stays good for as long as the route's store is the same, whoever asks.
+// Without Next it is the last page. Rows may be empty where there is a Next.
+type Page struct {
+	Rows []PageRow
+	Next string
+}
