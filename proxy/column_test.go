@@ -3,6 +3,7 @@ package proxy_test
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -18,11 +19,15 @@ import (
 
 // reports is the route of a column that the application has.
 func reports(phase policy.Phase) policy.Route {
-	t, err := policy.ParseTemplate("report:{id}")
+	return policy.Route{Name: "legacy", Match: "report:{id}", Template: template("report:{id}"), Place: "column analytics_cache of table public.reports", Phase: phase}
+}
+
+func template(match string) *policy.Template {
+	t, err := policy.ParseTemplate(match)
 	if err != nil {
 		panic(err)
 	}
-	return policy.Route{Name: "legacy", Match: "report:{id}", Template: t, Place: "column analytics_cache of table public.reports", Phase: phase}
+	return t
 }
 
 func reportsColumn() fallback.Column {
@@ -33,14 +38,15 @@ func reportsColumn() fallback.Column {
 func columnWorld(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t)
-	w.makeReports()
+	w.makeReports(10)
 	return w
 }
 
-func (w *world) makeReports() {
+// makeReports makes the table with reports 0 to n.
+func (w *world) makeReports(n int) {
 	w.t.Helper()
 	w.exec("CREATE TABLE public.reports (id int PRIMARY KEY, title text NOT NULL DEFAULT 'untitled', analytics_cache jsonb)")
-	w.exec("INSERT INTO public.reports (id) SELECT generate_series(1, 10)")
+	w.exec("INSERT INTO public.reports (id) SELECT generate_series(0, " + strconv.Itoa(n) + ")")
 }
 
 func (w *world) exec(query string) {
@@ -459,7 +465,7 @@ func TestColumnOutages(t *testing.T) {
 		t.Run("postgres/"+phase.String(), func(t *testing.T) {
 			pg := testenv.PostgresServer(t)
 			w := newWorldWith(t, testenv.Redis(t), pg.URL("postgres"))
-			w.makeReports()
+			w.makeReports(10)
 			s := w.column(phase, nil)
 			c := s.dial(t)
 			c.want("+OK", "MSET", "report:1", "1", "report:2", "2", "report:99", "3")
