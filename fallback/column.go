@@ -131,6 +131,8 @@ type column struct {
 	write  string // $1 keys, $2… parts, then JSON, kinds, amounts, drops, route, scope
 	page   string // $1… parts to begin behind, then route and limit
 	first  string // $1 route, $2 limit
+	walk   string // $1… parts to begin behind, then route, scope and limit
+	begin  string // $1 route, $2 scope, $3 limit
 	forget string // $1 keys, $2… parts, then route, milliseconds, scope
 	recent string // $1 route, $2 since, $3 the key to begin behind, $4 limit
 }
@@ -239,16 +241,18 @@ func (c *column) compose() {
 		"{table}", c.relation(), "{value}", quoted(c.Value), "{n}", strconv.Itoa(n),
 		"{arrays}", strings.Join(arrays, ", "), "{names}", strings.Join(names, ", "),
 		"{match}", strings.Join(match, " AND "), "{order}", strings.Join(order, ", "),
-		"{life}", c.lifeSQL(), "{set}", c.setSQL(), "{kept}", c.keptSQL(),
+		"{state}", columnStateSQL, "{life}", c.lifeSQL(), "{set}", c.setSQL(), "{kept}", c.keptSQL(),
 		"{$1}", c.dollar(1), "{$2}", c.dollar(2), "{$3}", c.dollar(3), "{$4}", c.dollar(4), "{$5}", c.dollar(5), "{$6}", c.dollar(6),
-		"{after1}", "$"+strconv.Itoa(n+1), "{after2}", "$"+strconv.Itoa(n+2), "{texts}", c.textsSQL(), "{behind}", c.behindSQL(), "{named}", c.namedSQL(),
-		"{first}", quoted(c.Keys[0]), "{key}", c.keySQL("r"), "{joins}", c.joinsSQL("r"), "{updated}", c.updatedSQL(),
+		"{after1}", "$"+strconv.Itoa(n+1), "{after2}", "$"+strconv.Itoa(n+2), "{after3}", "$"+strconv.Itoa(n+3), "{texts}", c.textsSQL(), "{behind}", c.behindSQL(), "{named}", c.namedSQL(),
+		"{first}", quoted(c.Keys[0]), "{columns}", c.columnsSQL(), "{key}", c.keySQL("r"), "{joins}", c.joinsSQL("r"), "{updated}", c.updatedSQL(),
 	)
 	c.load = word.Replace(columnLoadSQL)
 	c.lock = word.Replace(columnLockSQL)
 	c.write = word.Replace(columnWriteSQL)
 	c.first = word.Replace(columnFirstSQL)
 	c.page = word.Replace(columnPageSQL)
+	c.walk = word.Replace(strings.NewReplacer("{begin}", "{behind} AND", "{route}", "{after1}", "{scope}", "{after2}", "{limit}", "{after3}").Replace(columnWalkSQL))
+	c.begin = word.Replace(strings.NewReplacer("{begin}", "", "{route}", "$1", "{scope}", "$2", "{limit}", "$3").Replace(columnWalkSQL))
 	c.forget = word.Replace(columnForgetSQL)
 	c.recent = word.Replace(columnRecentSQL)
 }
@@ -293,6 +297,19 @@ func (c *column) textsSQL() string {
 		texts[i] = "r." + quoted(key) + "::text"
 	}
 	return "ARRAY[" + strings.Join(texts, ", ") + "]"
+}
+
+// columnsSQL are the columns that say what a row reads as.
+func (c *column) columnsSQL() string {
+	list := make([]string, 0, len(c.Keys)+2)
+	for _, key := range c.Keys {
+		list = append(list, "r."+quoted(key))
+	}
+	list = append(list, "r."+quoted(c.Value))
+	if c.Expires != "" {
+		list = append(list, "r."+quoted(c.Expires))
+	}
+	return strings.Join(list, ", ")
 }
 
 // namedSQL tells whether r has a value in each of its key columns.
@@ -359,9 +376,14 @@ func literalSQL(text string) string {
 	return "'" + q + "'"
 }
 
-// columnLoadSQL reads rows by their key columns; $1 says which key of Redis each is. A row is dead (state 0) below the fence
-// of its route, by the generation that cacheproxy.meta has of it; one that nobody has changed through the proxy is as old as
-// the first. An empty column is a tombstone, unless the proxy has emptied it because Redis holds the value from then on.
+// columnStateSQL is the policy.State of a row. It is dead below the fence of its route, by the generation that cacheproxy.meta has
+// of it; one that nobody has changed through the proxy is as old as the first. An empty column is a tombstone, unless the proxy has
+// emptied it because Redis holds the value from then on.
+const columnStateSQL = `CASE WHEN e.generation < e.floor OR e.empty AND e.dropped THEN 0
+                  WHEN e.empty OR e.ends <= e.now THEN 1
+                  ELSE 2 END`
+
+// columnLoadSQL reads rows by their key columns; $1 says which key of Redis each is.
 const columnLoadSQL = `
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
      fence AS MATERIALIZED (SELECT coalesce(max(g.generation), 0) AS floor FROM cacheproxy.generations g WHERE g.scope = {$2}::text)
@@ -371,10 +393,8 @@ SELECT k.key, k.state,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint
                                            - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END
 FROM (SELECT e.*,
-             CASE WHEN e.generation < e.floor OR e.value IS NULL AND e.dropped THEN 0
-                  WHEN e.value IS NULL OR e.ends <= e.now THEN 1
-                  ELSE 2 END AS state
-      FROM (SELECT u.key, r.{value} AS value, {life} AS ends,
+             {state} AS state
+      FROM (SELECT u.key, r.{value} AS value, r.{value} IS NULL AS empty, {life} AS ends,
                    coalesce(m.generation, 0) AS generation, coalesce(m.dropped, false) AS dropped, fence.floor, clock.now
             FROM clock, fence, unnest($1::text[], {arrays}) AS u(key, {names})
             JOIN {table} r ON {match}

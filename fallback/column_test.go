@@ -331,6 +331,53 @@ func TestColumnRowsAreLocked(t *testing.T) {
 	}
 }
 
+// TestColumnYields: where the proxy and other code would wait for each other for ever, the proxy gives up.
+//
+//	1 their transaction changes row 2    2 we lock row 1, and wait for row 2    3 theirs comes to row 1
+func TestColumnYields(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, '1'), (2, '2')`, reports(t))
+	conn, err := s.pool.Acquire(testContext(t))
+	must(t, err)
+	defer conn.Release()
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `BEGIN; SET LOCAL lock_timeout = 0; UPDATE reports SET analytics_cache = '20' WHERE id = 2`).ReadAll()
+	must(t, err)
+	began := make(chan error, 1)
+	go func() {
+		tx, err := s.Begin(testContext(t), legacy("report:2", "report:1"))
+		if err == nil {
+			tx.Rollback()
+		}
+		began <- err
+	}()
+	eventually(t, func() bool {
+		return len(began) > 0 || ask[int](t, s, `SELECT count(*) FROM pg_locks l WHERE NOT l.granted AND l.locktype IN ('tuple', 'transactionid')
+			AND l.pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`) > 0
+	})
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `UPDATE reports SET analytics_cache = '10' WHERE id = 1; COMMIT`).ReadAll()
+	must(t, err)
+	if err := <-began; !Retryable(err) {
+		t.Errorf("Begin: %v", err)
+	}
+	// One row is waited for as long as any lock.
+	_, err = conn.Conn().PgConn().Exec(testContext(t), `BEGIN; UPDATE reports SET analytics_cache = '20' WHERE id = 2`).ReadAll()
+	must(t, err)
+	go func() {
+		tx, err := s.Begin(testContext(t), legacy("report:2"))
+		if err == nil {
+			tx.Rollback()
+		}
+		began <- err
+	}()
+	eventually(t, func() bool {
+		return len(began) > 0 || ask[bool](t, s, `SELECT coalesce(max(clock_timestamp() - waitstart) > interval '600 ms', false) FROM pg_locks l WHERE NOT l.granted
+			AND l.pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())`)
+	})
+	_, err = conn.Exec(testContext(t), `COMMIT`)
+	must(t, err)
+	must(t, <-began)
+}
+
 // TestColumnStatements: a column costs no round trip more than the table.
 func TestColumnStatements(t *testing.T) {
 	t.Parallel()
@@ -638,4 +685,60 @@ func TestColumnSweep(t *testing.T) {
 	sql(t, s, `UPDATE cacheproxy.meta SET updated_at = now() - interval '1 day'`)
 	must(t, s.sweepMeta(testContext(t), &at))
 	expectStands(t, s, "LA", "report:1", "report:9")
+}
+
+func TestColumnPage(t *testing.T) {
+	t.Parallel()
+	c := Column{Route: "legacy", Table: "reports", Keys: []string{"tenant", "id"}, Value: "v", Template: template(t, "u:{tenant}:{id}")}
+	s := openColumns(t, `CREATE TABLE public.reports (id int, tenant text, v jsonb, PRIMARY KEY (tenant, id));
+		INSERT INTO reports SELECT i, t, CASE WHEN i % 3 > 0 THEN '{"n": 1}'::jsonb END FROM generate_series(-3, 12) i, unnest('{a,B,"c:d",é}'::text[]) t`, c)
+	write(t, s, lasting(put(one("u:a:1"), "1"), policy.ExpiresAt, 1000), lasting(put(one("u:a:2"), "2"), policy.ExpiresIn, 3_600_000), drop("u:a:4"), del("u:a:5"))
+	col := s.columns.Load().list[0]
+	for _, limit := range []int{1, 5, 100} {
+		states, expired := map[string]policy.State{}, ""
+		after, last := "", ""
+		for {
+			p, err := s.columnPage(testContext(t), col, policy.PageRequest{Route: "legacy", After: after, Limit: limit})
+			must(t, err)
+			for _, row := range p.Rows {
+				if _, twice := states[row.Key]; twice {
+					t.Fatalf("%s comes twice", row.Key)
+				}
+				states[row.Key], last = row.State, row.Key
+				if row.Expired {
+					expired += row.Key
+				}
+				if (row.Size > 0) != (row.State == policy.Live || row.Expired) {
+					t.Errorf("%+v", row)
+				}
+			}
+			if after = p.Next; after == "" {
+				break
+			}
+		}
+		if len(states) != 48 || expired != "u:a:1" { // those of the tenant c:d have no key
+			t.Errorf("by %d: %d rows, expired %q, last %s", limit, len(states), expired, last)
+		}
+		var keys []string
+		for key := range states {
+			keys = append(keys, key)
+		}
+		for i, row := range read(t, s, legacy(keys...)...) {
+			if row.State != states[keys[i]] {
+				t.Errorf("%s: %d on the page, %d when read", keys[i], states[keys[i]], row.State)
+			}
+		}
+	}
+	for _, place := range []string{"x", `["a"]`, `["a", "1x"]`, `["a", "01"]`} {
+		if _, err := s.columnPage(testContext(t), col, policy.PageRequest{Route: "legacy", After: place}); err == nil {
+			t.Errorf("it goes on from %s", place)
+		}
+	}
+	if n, err := s.columnEstimate(testContext(t), col); err != nil || n != 64 {
+		t.Errorf("%d %v", n, err)
+	}
+	sql(t, s, `INSERT INTO reports SELECT i, 'x', NULL FROM generate_series(1, 20000) i; ANALYZE reports`)
+	if n, err := s.columnEstimate(testContext(t), col); err != nil || n < 15000 || n > 25000 {
+		t.Errorf("%d %v", n, err)
+	}
 }

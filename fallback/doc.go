@@ -12,7 +12,8 @@
 // load.go (a miss asks here), tx.go (a write passes here), gate.go (which bytes Postgres may see as JSON),
 // journal.go (intents, phases, the poll), fence.go (generations and the rising number), schema.go with
 // schema.sql, sweep.go (what becomes of rows that are over), errors.go (the questions a caller may ask of an
-// error).
+// error). Then column.go: of some routes the rows are the application's own, with columncheck.go (what the
+// catalogue must say of them) and columntrigger.go (how others' changes are heard of).
 //
 // The package knows Postgres and the value model of package policy, and nothing of Redis or of clients.
 package fallback

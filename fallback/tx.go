@@ -36,6 +36,15 @@ const (
 	// must stay below 1 GB, and each statement has a statement_timeout of its own to finish in.
 	chunkBytes = 16 << 20
 
+	// rowLockWait is how long a Tx of several rows of adopted columns waits for one of them. Other programs lock the same rows in
+	// orders of their own:
+	//
+	//	1 their statement changes row 2    2 we lock row 1, and wait for row 2    3 their statement comes to row 1: a deadlock
+	//
+	// After deadlock_timeout, a second, Postgres would end one of the two, and it must not be theirs. Longer would come too close to that;
+	// shorter would give up before statements that end in time.
+	rowLockWait = 300 * time.Millisecond
+
 	// rollbackTimeout bounds the farewell to a transaction; after it the connection is closed instead, which
 	// ends the transaction as well.
 	rollbackTimeout = time.Second
@@ -52,9 +61,11 @@ const (
 	lockKeysSQL = `SELECT count(pg_advisory_xact_lock($1::int, id)) FROM unnest($2::int[]) AS id`
 	numberSQL   = `SELECT nextval('cacheproxy.fence')`
 	// What the triggers that `schema --route` prints do not record.
-	ownSQL      = `SELECT set_config('cacheproxy.own', 'on', true)`
-	commitSQL   = `COMMIT`
-	rollbackSQL = `ROLLBACK`
+	ownSQL = `SELECT set_config('cacheproxy.own', 'on', true)`
+	// For the rest of the transaction, in which nothing else waits for locks.
+	lockTimeoutSQL = `SELECT set_config('lock_timeout', $1::text, true)`
+	commitSQL      = `COMMIT`
+	rollbackSQL    = `ROLLBACK`
 )
 
 // errEnded is the misuse of a Tx after Commit or Rollback.
@@ -138,6 +149,13 @@ func (t *Tx) begin(ctx context.Context, values bool) error {
 	list, of := t.cs.among(t.refs)
 	if len(list) > 0 {
 		b.Queue(ownSQL)
+	}
+	rows := 0
+	for i := range of {
+		rows += len(of[i].keys)
+	}
+	if rows > 1 {
+		b.Queue(lockTimeoutSQL, milliseconds(min(rowLockWait, t.s.cfg.QueryTimeout*8/10)))
 	}
 	for i, c := range list {
 		if len(of[i].keys) > 0 {

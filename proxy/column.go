@@ -19,8 +19,10 @@ import (
 func speaks(row policy.Row) bool { return row.State == policy.Live || row.State == policy.Tombstone }
 
 // notJSON refuses a value that a column cannot hold. Nothing has been written.
-func notJSON(r *policy.Route) *refusal {
-	return &refusal{"NOTJSON", fmt.Sprintf("the value is not JSON that a jsonb column can hold, and keys of route %s (%s) live in one; nothing was written", r.Name, r.Phase)}
+func notJSON(r *policy.Route) *refusal { return notJSONBut(r, "nothing was written") }
+
+func notJSONBut(r *policy.Route, done string) *refusal {
+	return &refusal{"NOTJSON", fmt.Sprintf("the value is not JSON that a jsonb column can hold, and keys of route %s (%s) live in one; %s", r.Name, r.Phase, done)}
 }
 
 // noRow refuses a change of a key that has no row while Redis, its only holder, cannot be reached.
@@ -112,7 +114,10 @@ func (s *session) keepsColumn(sl *slot) *refusal {
 	if r == nil {
 		return nil
 	}
-	name := bytes.ToUpper(sl.args[0])
+	return notFlushed(r, string(bytes.ToUpper(sl.args[0])))
+}
+
+func notFlushed(r *policy.Route, name string) *refusal {
 	return &refusal{"DENIED", fmt.Sprintf("%s would have to empty the application's own column of route %s (%s); delete its keys, or change its rows in SQL", name, r.Name, r.Phase)}
 }
 
@@ -189,28 +194,26 @@ func (r *runner) brings(conn *runConn, st *running) (*refusal, error) {
 }
 
 // settle ends a run: what it left is judged, and mirrored.
-func (r *runner) settle(ctx context.Context, st *running, reply []byte) ([]byte, error) {
+func (r *runner) settle(ctx context.Context, st *running, reply []byte) []byte {
 	if !st.judged() {
-		return r.mirror(ctx, st, reply), nil
+		return r.mirror(ctx, st, reply)
 	}
 	if no := st.unfit(r.e); no != nil {
-		return r.takeBack(ctx, st, no), nil
+		r.takeBack(ctx, st)
+		return no.reply(nil)
 	}
 	done, err := r.writeLeft(ctx, st)
 	switch {
 	case err != nil:
-		r.unmark(st)
 		r.e.redisFailed(err)
-		r.takeBack(ctx, st, nil)
-		return r.e.stats.unsure(st.route(), "the connection to Redis broke").reply(nil), nil
-	case !done && st.pin == nil && len(st.after) == 0:
-		r.unmark(st)
-		return nil, errOvertaken // nothing that it did has remained
+		r.takeBack(ctx, st)
+		return r.e.stats.unsure(st.route(), "the connection to Redis broke").reply(nil)
 	case !done:
-		r.takeBack(ctx, st, nil)
-		return r.e.stats.unsure(st.route(), "somebody else has written the key meanwhile").reply(nil), nil
+		// It is not run again: what a script has done to other keys has remained.
+		r.takeBack(ctx, st)
+		return r.e.stats.unsure(st.route(), "somebody else has written the key meanwhile").reply(nil)
 	}
-	return r.mirror(ctx, st, reply), nil
+	return r.mirror(ctx, st, reply)
 }
 
 // unfit finds a key whose column cannot hold what the command has left of it.
@@ -218,7 +221,7 @@ func (st *running) unfit(e *engine) *refusal {
 	look := func(idx []int, rs []keyReply) *refusal {
 		for j, i := range idx {
 			if rs[j].code == keyValue && !bytes.Equal(rs[j].value, st.before[i].value) && !e.fits(st.routes[i], rs[j].value) {
-				return notJSON(st.routes[i])
+				return notJSONBut(st.routes[i], "what it did to keys that have a store is undone")
 			}
 		}
 		return nil
@@ -230,7 +233,7 @@ func (st *running) unfit(e *engine) *refusal {
 }
 
 // takeBack leaves the keys as they were before the command. Those whose truth is Redis are so already, and wait for nothing but their leases.
-func (r *runner) takeBack(ctx context.Context, st *running, no *refusal) []byte {
+func (r *runner) takeBack(ctx context.Context, st *running) {
 	e := r.e
 	var states []*keyState
 	var free, other []string
@@ -259,10 +262,6 @@ func (r *runner) takeBack(ctx context.Context, st *running, no *refusal) []byte 
 	}
 	run(scriptRepair, other, st.number, "0", "0") // a list, say, where the row still has a string: it is promoted again
 	run(scriptAbsent, free, st.token, "0")
-	if no == nil {
-		return nil
-	}
-	return no.reply(nil)
 }
 
 // writeLeft puts into Redis what the command has left of the keys whose truth is there: like the write of a value, under the leases.

@@ -3,6 +3,7 @@ package proxy_test
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -18,11 +19,15 @@ import (
 
 // reports is the route of a column that the application has.
 func reports(phase policy.Phase) policy.Route {
-	t, err := policy.ParseTemplate("report:{id}")
+	return policy.Route{Name: "legacy", Match: "report:{id}", Template: template("report:{id}"), Place: "column analytics_cache of table public.reports", Phase: phase}
+}
+
+func template(match string) *policy.Template {
+	t, err := policy.ParseTemplate(match)
 	if err != nil {
 		panic(err)
 	}
-	return policy.Route{Name: "legacy", Match: "report:{id}", Template: t, Place: "column analytics_cache of table public.reports", Phase: phase}
+	return t
 }
 
 func reportsColumn() fallback.Column {
@@ -33,14 +38,15 @@ func reportsColumn() fallback.Column {
 func columnWorld(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t)
-	w.makeReports()
+	w.makeReports(10)
 	return w
 }
 
-func (w *world) makeReports() {
+// makeReports makes the table with reports 0 to n.
+func (w *world) makeReports(n int) {
 	w.t.Helper()
 	w.exec("CREATE TABLE public.reports (id int PRIMARY KEY, title text NOT NULL DEFAULT 'untitled', analytics_cache jsonb)")
-	w.exec("INSERT INTO public.reports (id) SELECT generate_series(1, 10)")
+	w.exec("INSERT INTO public.reports (id) SELECT generate_series(0, " + strconv.Itoa(n) + ")")
 }
 
 func (w *world) exec(query string) {
@@ -278,6 +284,42 @@ func TestColumnKeepsTheBytesInRedis(t *testing.T) {
 	}
 }
 
+// A sidecar that dies when its command has run, and before the result is written, has changed nothing, and what it had done never was to be seen.
+func TestColumnDiesBeforeItWrites(t *testing.T) {
+	w := columnWorld(t)
+	link := testenv.NewLink(t, w.redis.Addr())
+	steps := testenv.NewSteps(link, nil)
+	s := w.column(policy.Phase2, func(o *sidecarOptions) { o.redisURL = "redis://" + link.Addr() + "/0" })
+	c := s.dial(t)
+	c.want("+OK", "SET", "report:1", `{"a":1}`)
+	w.raw.want(":1", "EXPIRE", "report:1", "1000")
+	ran := false
+	steps.At(func(step testenv.Step) bool {
+		if step.Name == "aside" && step.Done {
+			ran = true
+			if got := w.raw.do("GET", "report:1"); got != `{"a":1}` {
+				t.Errorf("when it had run, Redis held %s", got)
+			}
+		}
+		return step.Name != "write" || step.Done
+	})
+	if got := c.do("EVAL", "return redis.call('SET', KEYS[1], '2')", "1", "report:1"); !strings.HasPrefix(got, "-UN") {
+		t.Errorf("EVAL answers %q", got)
+	}
+	steps.At(nil)
+	if !ran {
+		t.Error("it has not run")
+	}
+	w.until("redis is trusted again", func() bool { return s.srv.Health().Redis.Status == "connected" })
+	c.want(`{"a":1}`, "GET", "report:1")
+	if ttl := w.raw.do("TTL", "report:1"); ttl != ":1000" && ttl != ":999" {
+		t.Errorf("TTL is %s", ttl)
+	}
+	c.want("+OK", "EVAL", "return redis.call('SET', KEYS[1], '2')", "1", "report:1")
+	c.want("2", "GET", "report:1")
+	w.journalEmpty()
+}
+
 // A key without a row lives in Redis alone.
 func TestColumnWithoutARow(t *testing.T) {
 	for _, phase := range columnPhases {
@@ -423,7 +465,7 @@ func TestColumnOutages(t *testing.T) {
 		t.Run("postgres/"+phase.String(), func(t *testing.T) {
 			pg := testenv.PostgresServer(t)
 			w := newWorldWith(t, testenv.Redis(t), pg.URL("postgres"))
-			w.makeReports()
+			w.makeReports(10)
 			s := w.column(phase, nil)
 			c := s.dial(t)
 			c.want("+OK", "MSET", "report:1", "1", "report:2", "2", "report:99", "3")

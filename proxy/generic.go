@@ -446,7 +446,7 @@ func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
 		return st.refuse(e.stats.unsure(st.route(), "the connection to Redis broke")), nil
 	}
 	healthy = true
-	return r.settle(ctx, st, reply)
+	return r.settle(ctx, st, reply), nil
 }
 
 // prepare draws the number in Redis, looks at the keys and watches their leases: whoever overtakes us from now on makes EXEC fail.
@@ -727,7 +727,7 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		r.dropCaptured(ctx, st)
 		return e.stats.unsure(st.route(), "redis refused the end of the transaction").reply(nil), nil
 	}
-	return r.settle(ctx, st, reply)
+	return r.settle(ctx, st, reply), nil
 }
 
 // notLoaded refuses a transaction whose keys could not be loaded.
@@ -816,6 +816,9 @@ func (r *runner) split(st *running, fs [][]byte) (reply []byte, results [][]byte
 // it. What it leaves of routed keys is marked in Redis and repaired before the reply, as after an outage of Postgres.
 func (r *runner) runFlush(ctx context.Context, st *running) ([]byte, error) {
 	e := r.e
+	if route := columnInUse(e.router.Load()); route != nil { // since it was queued
+		return st.refuse(notFlushed(route, "EXEC")), nil
+	}
 	r.promoted(st)
 	var reply []byte
 	var ran, sentIt bool

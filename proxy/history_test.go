@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"cacheproxy/fallback"
 	"cacheproxy/internal/devserver"
 	"cacheproxy/internal/testenv"
 	"cacheproxy/policy"
@@ -193,6 +194,9 @@ var scenarios = []scenario{
 	{"killPostgres/phase2", []policy.Phase{policy.Phase2, policy.Phase2}, 0, false, killPostgres},
 }
 
+// inColumn are the scenarios that are run with an adopted column too: one of each fault and each kind of write.
+var inColumn = []string{"evict/phase0+phase1", "evict/phase1+phase2", "evict/phase2+drain", "killRedis/phase1", "killPostgres/phase1+phase2"}
+
 // TestHistories runs traffic under faults and judges what the clients saw. HISTORY_SECONDS makes each run longer, HISTORY_SEED repeats one.
 func TestHistories(t *testing.T) {
 	seconds := 2.0
@@ -201,12 +205,21 @@ func TestHistories(t *testing.T) {
 	}
 	for _, sc := range scenarios {
 		t.Run(sc.name, func(t *testing.T) {
-			runHistory(t, sc, time.Duration(seconds*float64(time.Second)))
+			runHistory(t, sc, false, time.Duration(seconds*float64(time.Second)))
+		})
+	}
+	for _, sc := range scenarios {
+		if !slices.Contains(inColumn, sc.name) {
+			continue
+		}
+		t.Run("column/"+sc.name, func(t *testing.T) {
+			runHistory(t, sc, true, time.Duration(seconds*float64(time.Second)))
 		})
 	}
 }
 
-func runHistory(t *testing.T, sc scenario, length time.Duration) {
+// runHistory is one run. column: the keys live in a column of the application's, which has a row for each.
+func runHistory(t *testing.T, sc scenario, column bool, length time.Duration) {
 	seed := uint64(time.Now().UnixNano())
 	if v := os.Getenv("HISTORY_SEED"); v != "" {
 		seed, _ = strconv.ParseUint(v, 10, 64)
@@ -214,11 +227,21 @@ func runHistory(t *testing.T, sc scenario, length time.Duration) {
 	t.Logf("seed %d", seed)
 	pg := testenv.PostgresServer(t)
 	w := newWorldWith(t, testenv.Redis(t), pg.URL("postgres"))
+	if column {
+		w.makeReports(historyKeys)
+	}
 	var sidecars []*sidecar
 	for _, p := range sc.phases {
 		r := route(p)
+		o := sidecarOptions{}
+		if column {
+			r = reports(p)
+			r.Name, r.Match, r.Template = "all", "k{id}", template("k{id}")
+			o.columns = []fallback.Column{{Route: "all", Table: "public.reports", Keys: []string{"id"}, Value: "analytics_cache", Template: r.Template}}
+		}
 		r.OnUnknown = policy.UnknownError // nil must mean nil
-		sidecars = append(sidecars, w.start(sidecarOptions{routes: []policy.Route{r}}))
+		o.routes = []policy.Route{r}
+		sidecars = append(sidecars, w.start(o))
 	}
 	keys := make([]*history, historyKeys)
 	for i := range keys {

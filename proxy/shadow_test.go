@@ -146,7 +146,7 @@ func TestVerifyFindsEachKindInPhase2(t *testing.T) {
 // Writes and repairs that are under way are no mismatches.
 func TestVerifyRaisesNoFalseAlarm(t *testing.T) {
 	for _, fleet := range [][]policy.Phase{{policy.Phase1, policy.Phase1}, {policy.Phase1, policy.Phase2}, {policy.Phase2, policy.Drain}} {
-		t.Run(fmt.Sprint(fleet), func(t *testing.T) {
+		t.Run(fleet[0].String()+"+"+fleet[1].String(), func(t *testing.T) {
 			w := columnWorld(t)
 			sidecars := []*sidecar{w.sampled(fleet[0]), w.sampled(fleet[1])}
 			var wg sync.WaitGroup

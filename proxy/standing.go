@@ -149,7 +149,11 @@ func (c *counters) begin(route string) {
 // reads are a route's figures of the moment.
 func (c *counters) reads(route string) began {
 	s := c.route(route)
-	return began{redisHits: s.redisHits.Load(), jsonbHits: s.jsonbHits.Load(), misses: s.misses.Load() + s.negative.Load()}
+	b := began{redisHits: s.redisHits.Load(), jsonbHits: s.jsonbHits.Load(), misses: s.misses.Load() + s.negative.Load(), compared: s.verified.Load()}
+	for i := range s.mismatches {
+		b.different += s.mismatches[i].Load()
+	}
+	return b
 }
 
 // since are a route's figures since it entered its phase, and when that was.

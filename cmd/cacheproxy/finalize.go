@@ -142,4 +142,10 @@ func removalOf(cfg *config.Config, name string) (fallback.Removal, []string, err
 }
 
 // adopted is the column that a route has for a store, nil if its rows are in the proxy's own table.
-func adopted(config.Route) *fallback.AdoptedColumn { return nil }
+func adopted(r config.Route) *fallback.AdoptedColumn {
+	if r.Store.Kind != "column" {
+		return nil
+	}
+	schema, table, _ := policy.ParseTable(r.Store.Table) // the configuration was checked
+	return &fallback.AdoptedColumn{Schema: schema, Table: table, Column: r.Store.ValueColumn}
+}

@@ -569,12 +569,12 @@ func (v *verification) conclude(ctx context.Context, all []suspect) error {
 				if err != nil {
 					return err
 				}
-				switch standing, err := link.Standing(ctx); {
+				switch trust, err := link.Trust(ctx); {
 				case err != nil:
 					return err
-				case standing == proxy.Unverified:
+				case trust == proxy.Unverified:
 					return errUnverified
-				case standing == proxy.Unknown:
+				case trust == proxy.Unknown:
 					return &Refusal{"redis has keys, and no sidecar has served it yet: the first that starts repairs them; start one first"}
 				}
 				done, err = v.repair(ctx, link, part)
