@@ -52,7 +52,7 @@ func (s *Store) loadRows(ctx context.Context, refs []policy.Ref, values bool) ([
 	if len(refs) == 0 {
 		return nil, nil
 	}
-	cs, err := s.known(ctx)
+	cs, err := s.known(ctx, refs...)
 	if err != nil {
 		return nil, wrap("load", err)
 	}
