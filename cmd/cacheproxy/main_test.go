@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -157,9 +158,9 @@ func (s *site) exec(args ...string) *program {
 }
 
 // start starts a command at the site.
-func (s *site) start(cmd *exec.Cmd) *program {
+func (s *site) start(cmd *exec.Cmd, env ...string) *program {
 	s.t.Helper()
-	cmd.Env = append([]string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}, s.env()...)
+	cmd.Env = slices.Concat([]string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}, s.env(), env)
 	cmd.Dir = s.dir
 	cmd.Stdout, cmd.Stderr = &s.stdout, &s.stderr
 	if err := cmd.Start(); err != nil {
