@@ -480,7 +480,7 @@ type hastyTx struct {
 
 func (t hastyTx) Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (int64, error) {
 	if t.h.picky.Swap(false) {
-		t.Tx.Rollback() // as after any COMMIT that fails
+		t.Rollback() // as after any COMMIT that fails
 		return 0, errNotJSON
 	}
 	return t.Tx.Commit(ctx, changes, journal, known, rawOnly)

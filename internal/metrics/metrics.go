@@ -93,7 +93,7 @@ var (
 	connections      = gauge("downstream_connections", "Clients that are connected.")
 	connectionsTotal = counter("downstream_connections_total", "Clients that have connected, and those that were turned away because there were too many.", "result")
 
-	violations       = counter("downstream_protocol_errors_total", "Clients that have said what is no command, and were hung up on.")
+	violations = counter("downstream_protocol_errors_total", "Clients that have said what is no command, and were hung up on.")
 
 	commands = counter("commands_total", "Commands that were answered, by what the reply was: refused is a refusal of the proxy's own.", "class", "outcome")
 	took     = histogram("command_duration_seconds", "How long a command took from when it was read until its reply was there. What waits for an event is not timed.", "class")

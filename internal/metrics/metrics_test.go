@@ -38,9 +38,11 @@ func (s still) Timings() proxy.Timings {
 }
 
 var process = Process{
-	Build:   Build{"v1", "abc", "go1"},
-	Reloads: func() Reloads { return Reloads{Succeeded: 32, Failed: 33, LastFailed: true, LastSuccess: time.UnixMilli(1500)} },
-	Pool:    func() (idle, active int) { return 34, 35 },
+	Build: Build{"v1", "abc", "go1"},
+	Reloads: func() Reloads {
+		return Reloads{Succeeded: 32, Failed: 33, LastFailed: true, LastSuccess: time.UnixMilli(1500)}
+	},
+	Pool: func() (idle, active int) { return 34, 35 },
 }
 
 var figures = still{
