@@ -119,9 +119,9 @@ func (s *sidecar) repaired(t testing.TB, w *world, want map[string]int64) {
 // rare are metrics that no test of this package provokes, and why.
 var rare = map[string]string{
 	`cacheproxy_build_info`:                                            "always 1, and of the program",
-	`cacheproxy_redis_errors_total`:                                    "its reasons are those of the outages that TestRedisOutages goes through; here there are some",
+	`cacheproxy_redis_errors_total`:                                    "its reasons are words for outages, which outage_test.go goes through; here there are some",
 	`cacheproxy_circuit_state{state="unused",upstream="redis"}`:        "Redis is always used",
-	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics shows it",
+	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics of internal/metrics shows it",
 	`cacheproxy_circuit_state{state="recovering",upstream="postgres"}`: "Postgres never is",
 	`cacheproxy_commands_total{class="blocking",outcome="refused"}`:    "what is refused does not wait",
 	`cacheproxy_draining`:                                              "TestSecondSignal of the program sees it",
