@@ -40,6 +40,13 @@ const (
 // Page returns the next rows of r.Route in the order of their keys. The snapshot ends with the page, so a walk over a large table holds
 // back no vacuum. Next is the last key that was looked at.
 func (s *Store) Page(ctx context.Context, r policy.PageRequest) (policy.Page, error) {
+	cs, err := s.known(ctx, policy.Ref{Route: r.Route})
+	if err != nil {
+		return policy.Page{}, wrap("page through the rows", err)
+	}
+	if c := cs.byRoute[r.Route]; c != nil {
+		return s.columnPage(ctx, c, r)
+	}
 	limit := r.Limit
 	if limit <= 0 || limit > maxPage {
 		limit = maxPage
@@ -53,7 +60,7 @@ func (s *Store) Page(ctx context.Context, r policy.PageRequest) (policy.Page, er
 		sql, args = pageSQL+pageEndSQL, append(args, end)
 	}
 	var page policy.Page
-	err := s.do(ctx, s.reads, "page through the rows", func(ctx context.Context, c *pgx.Conn) error {
+	err = s.do(ctx, s.reads, "page through the rows", func(ctx context.Context, c *pgx.Conn) error {
 		page = policy.Page{}
 		rows, err := c.Query(ctx, sql, args...)
 		if err != nil {
@@ -109,13 +116,20 @@ const estimateSQL = `EXPLAIN (FORMAT JSON) SELECT FROM cacheproxy.entries WHERE 
 
 // Estimate is about how many rows a walk with Page looks at: exact up to 10,000, the planner's estimate beyond. It is for people to look at.
 func (s *Store) Estimate(ctx context.Context, r policy.PageRequest) (int64, error) {
+	cs, err := s.known(ctx, policy.Ref{Route: r.Route})
+	if err != nil {
+		return 0, wrap("estimate the rows", err)
+	}
+	if c := cs.byRoute[r.Route]; c != nil {
+		return s.columnEstimate(ctx, c)
+	}
 	end := behind(r.Prefix)
 	exact, plan, args := `SELECT count(*) FROM (SELECT FROM cacheproxy.entries WHERE key >= $1::text`, estimateSQL, []any{r.Prefix}
 	if end != "" {
 		exact, plan, args = exact+` AND key < $2::text`, plan+` AND key < $2::text`, append(args, end)
 	}
 	var n int64
-	err := s.do(ctx, s.reads, "estimate the rows", func(ctx context.Context, c *pgx.Conn) error {
+	err = s.do(ctx, s.reads, "estimate the rows", func(ctx context.Context, c *pgx.Conn) error {
 		if err := c.QueryRow(ctx, exact+` LIMIT 10001) e`, args...).Scan(&n); err != nil || n <= countLimit {
 			return err
 		}

@@ -75,6 +75,9 @@ func (r *Route) Column() bool { return r.Template != nil }
 
 // Prefix is the literal that every key of the route begins with.
 func (r *Route) Prefix() string {
+	if r.Template != nil {
+		return r.Template.Literals()[0]
+	}
 	lit, _ := literal(r.Match)
 	return lit
 }

@@ -119,9 +119,9 @@ func (s *sidecar) repaired(t testing.TB, w *world, want map[string]int64) {
 // rare are metrics that no test of this package provokes, and why.
 var rare = map[string]string{
 	`cacheproxy_build_info`:                                            "always 1, and of the program",
-	`cacheproxy_redis_errors_total`:                                    "its reasons are those of the outages that TestRedisOutages goes through; here there are some",
+	`cacheproxy_redis_errors_total`:                                    "its reasons are words for outages, which outage_test.go goes through; here there are some",
 	`cacheproxy_circuit_state{state="unused",upstream="redis"}`:        "Redis is always used",
-	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics shows it",
+	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics of internal/metrics shows it",
 	`cacheproxy_circuit_state{state="recovering",upstream="postgres"}`: "Postgres never is",
 	`cacheproxy_commands_total{class="blocking",outcome="refused"}`:    "what is refused does not wait",
 	`cacheproxy_draining`:                                              "TestSecondSignal of the program sees it",
@@ -480,7 +480,7 @@ type hastyTx struct {
 
 func (t hastyTx) Commit(ctx context.Context, changes []policy.Change, journal []policy.Ref, known []int64, rawOnly bool) (int64, error) {
 	if t.h.picky.Swap(false) {
-		t.Tx.Rollback() // as after any COMMIT that fails
+		t.Rollback() // as after any COMMIT that fails
 		return 0, errNotJSON
 	}
 	return t.Tx.Commit(ctx, changes, journal, known, rawOnly)

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
 
 	"go.uber.org/zap"
@@ -81,7 +82,7 @@ type engine struct {
 	wg      sync.WaitGroup
 }
 
-var errOvertaken = errors.New("overtaken by another writer")
+var errOvertaken error = said.Sentence("overtaken by another writer")
 
 func newEngine(cfg Config, store Store) (*engine, error) {
 	cfg = cfg.withDefaults()

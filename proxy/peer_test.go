@@ -370,13 +370,13 @@ func TestPreferRedisBesideAnEntry(t *testing.T) {
 	}
 }
 
-func TestStanding(t *testing.T) {
+func TestTrust(t *testing.T) {
 	w := newWorld(t)
 	ctx := context.Background()
 	link, _ := w.peer()
-	want := func(want proxy.Standing) {
+	want := func(want proxy.Trust) {
 		t.Helper()
-		if got, err := link.Standing(ctx); err != nil || got != want {
+		if got, err := link.Trust(ctx); err != nil || got != want {
 			t.Errorf("%d, %v; want %d", got, err, want)
 		}
 	}
@@ -391,7 +391,7 @@ func TestStanding(t *testing.T) {
 	w.raw.want("1", "GET", "k") // the first sidecar drops nothing
 	w.raw.want("+OK", "SET", "cacheproxy:clock", "1 another one")
 	want(proxy.Unverified)
-	w.until("a sidecar has looked", func() bool { got, err := link.Standing(ctx); return err == nil && got == proxy.Verified })
+	w.until("a sidecar has looked", func() bool { got, err := link.Trust(ctx); return err == nil && got == proxy.Verified })
 }
 
 // A connection that is given up is of no use any more, and the next one works.

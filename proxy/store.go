@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"cacheproxy/internal/said"
 	"cacheproxy/policy"
 
 	"go.uber.org/zap"
@@ -99,7 +100,7 @@ type Intent struct {
 	Age  time.Duration
 }
 
-var errStoreDown = errors.New("postgres is down")
+var errStoreDown error = said.Sentence("postgres is down")
 
 // storeGuard is the breaker in front of the store. While it is open nobody waits: calls fail at once, and the
 // journal's poll is the probe that closes it again.

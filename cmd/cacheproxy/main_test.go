@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -156,10 +157,10 @@ func (s *site) exec(args ...string) *program {
 	return s.start(exec.Command(self, args...))
 }
 
-// start starts a command at the site. What it prints goes to the site's outputs, unless it has its own.
-func (s *site) start(cmd *exec.Cmd) *program {
+// start starts a command at the site, with more in its environment. What it prints goes to the site's outputs, unless it has its own.
+func (s *site) start(cmd *exec.Cmd, env ...string) *program {
 	s.t.Helper()
-	cmd.Env = append([]string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}, s.env()...)
+	cmd.Env = slices.Concat([]string{asProgram + "=1", "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME")}, s.env(), env)
 	cmd.Dir = s.dir
 	if cmd.Stdout == nil {
 		cmd.Stdout, cmd.Stderr = &s.stdout, &s.stderr

@@ -37,7 +37,9 @@ var states = map[string]string{
 // Sentence is an error in our own words, without anything of a client's: a log may say it.
 type Sentence string
 
-func (s Sentence) Error() string  { return string(s) }
+func (s Sentence) Error() string { return string(s) }
+
+// Reason is the sentence.
 func (s Sentence) Reason() string { return string(s) }
 
 // Because is a sentence of ours about err.
