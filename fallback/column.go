@@ -31,6 +31,8 @@ type Column struct {
 	Updated string
 	// Template is the pattern of the route's keys.
 	Template *policy.Template
+	// Unused: the route is in a phase that has no store. The column may be gone, and is looked up when a key is asked for, if ever.
+	Unused bool
 }
 
 // JSON tells whether a column of type jsonb can hold value: whether it is JSON, and such that every Postgres takes it and
@@ -44,10 +46,8 @@ func JSON(value []byte) bool {
 type columns struct {
 	list    []*column
 	byRoute map[string]*column
-	routes  []string // their routes, in the order of list
 
-	checked atomic.Bool // the catalogue knows them all; types and SQL of list are static from then on
-	mu      sync.Mutex  // one look into the catalogue at a time
+	mu sync.Mutex // one look into the catalogue at a time
 }
 
 // none are the columns of a store that has none.
@@ -70,7 +70,7 @@ func newColumns(list []Column) (*columns, error) {
 			return nil, fmt.Errorf("fallback: route %s has two columns", c.Route)
 		}
 		one := &column{Column: c, schema: schema, table: table}
-		cs.list, cs.byRoute[c.Route], cs.routes = append(cs.list, one), one, append(cs.routes, c.Route)
+		cs.list, cs.byRoute[c.Route] = append(cs.list, one), one
 	}
 	return cs, nil
 }
@@ -84,27 +84,37 @@ func (s *Store) SetColumns(list []Column) error {
 	return err
 }
 
-// known returns the columns as soon as the catalogue has confirmed them. Until then every use of the store that may
-// concern one asks the catalogue again, and fails with a *ColumnError for as long as a person has to mend something.
-func (s *Store) known(ctx context.Context) (*columns, error) {
+// known returns the columns as soon as the catalogue has confirmed those that are in use and those that refs name. Until then
+// every use of the store asks the catalogue again, and fails with a *ColumnError for as long as a person has to mend something.
+func (s *Store) known(ctx context.Context, refs ...policy.Ref) (*columns, error) {
 	cs := s.columns.Load()
-	if len(cs.list) == 0 || cs.checked.Load() {
+	if len(cs.unknown(refs)) == 0 {
 		return cs, nil
 	}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	if cs.checked.Load() {
-		return cs, nil
-	}
-	reports, err := s.lookUp(ctx, cs)
+	list := cs.unknown(refs)
+	reports, err := s.lookUp(ctx, list)
 	if err != nil {
 		return nil, err
 	}
 	if err := columnError(reports); err != nil {
 		return nil, err
 	}
-	cs.checked.Store(true)
+	for _, c := range list {
+		c.checked.Store(true)
+	}
 	return cs, nil
+}
+
+// unknown are the columns that have to be looked up before refs can be served.
+func (cs *columns) unknown(refs []policy.Ref) (list []*column) {
+	for _, c := range cs.list {
+		if !c.checked.Load() && (!c.Unused || slices.ContainsFunc(refs, func(ref policy.Ref) bool { return ref.Route == c.Route })) {
+			list = append(list, c)
+		}
+	}
+	return list
 }
 
 // doubt has the catalogue asked again if err says that a table is not as it was, and returns err: a column that was dropped
@@ -124,7 +134,8 @@ type column struct {
 	Column
 	schema, table string
 
-	// Static once columns.checked.
+	checked atomic.Bool // the catalogue has confirmed it; what follows is static from then on
+
 	types  []keyType
 	load   string // $1 keys, $2… parts, then route, scope, and whether values are wanted
 	lock   string // $1 keys, $2… parts
@@ -189,8 +200,11 @@ func isUUID(part string) bool {
 
 // split returns the parts of a key, and whether a row can have it.
 func (c *column) split(key string) ([]string, bool) {
+	if !c.checked.Load() {
+		return nil, false
+	}
 	parts, ok := c.Template.Split(key)
-	if !ok || len(parts) != len(c.types) {
+	if !ok {
 		return nil, false
 	}
 	for i, part := range parts {
@@ -586,10 +600,13 @@ func (cs *columns) holder(key string) int {
 	return -1
 }
 
-// arrays are the routes as an argument: never NULL.
-func (cs *columns) arrays() []string {
-	if cs.routes == nil {
-		return []string{}
+// inUse are the routes whose columns are known, as an argument: never NULL.
+func (cs *columns) inUse() []string {
+	routes := []string{}
+	for _, c := range cs.list {
+		if c.checked.Load() {
+			routes = append(routes, c.Route)
+		}
 	}
-	return cs.routes
+	return routes
 }

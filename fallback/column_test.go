@@ -646,6 +646,41 @@ func TestColumnIsDropped(t *testing.T) {
 	expectStands(t, s, "L", "report:1")
 }
 
+// TestColumnUnused: a column that was removed with its route in phase3 is no outage of the other routes, nor of what asks for it later.
+func TestColumnUnused(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	c := reports(t)
+	c.Unused = true
+	must(t, s.SetColumns([]Column{c}))
+	must(t, s.UseColumns(testContext(t)))
+	if found, err := s.CheckColumns(testContext(t)); err != nil || len(found) != 0 {
+		t.Errorf("%v %v", found, err)
+	}
+	own := policy.Ref{Route: "own", Key: "k"}
+	write(t, s, put(own, "v"))
+	_, err := s.Poll(testContext(t), 0)
+	must(t, err)
+	all, err := s.ChangedSince(testContext(t), time.Time{}, "", 0)
+	must(t, err)
+	if len(all) != 1 {
+		t.Errorf("listed are %v", all)
+	}
+	var at metaPlace
+	must(t, s.sweepMeta(testContext(t), &at))
+	_, err = s.Load(testContext(t), append(legacy("report:1"), own))
+	if _, ok := errors.AsType[*ColumnError](err); !ok {
+		t.Errorf("Load: %v", err)
+	}
+	// The way back.
+	sql(t, s, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, '1')`)
+	expectStands(t, s, "LN", "report:1", "report:2")
+	write(t, s, put(one("report:1"), "2"))
+	record(t, s, c)
+	sql(t, s, `UPDATE reports SET analytics_cache = '3'`)
+	expectRecorded(t, s, "a change after the way back", "report:1")
+}
+
 // TestSchemaOfAnEarlierVersion: what it lacks is made, and what it holds stays.
 func TestSchemaOfAnEarlierVersion(t *testing.T) {
 	t.Parallel()

@@ -55,16 +55,16 @@ func columnError(reports []ColumnReport) error {
 	return e
 }
 
-// CheckColumns looks every column up in the catalogue. Findings are no error: that is for a Postgres that cannot be asked.
+// CheckColumns looks every column that is in use up in the catalogue. Findings are no error: that is for a Postgres that cannot be asked.
 func (s *Store) CheckColumns(ctx context.Context) ([]ColumnReport, error) {
 	cs, err := newColumns(s.columns.Load().configured()) // apart from what is in use
 	if err != nil {
 		return nil, err
 	}
-	return s.lookUp(ctx, cs)
+	return s.lookUp(ctx, cs.unknown(nil))
 }
 
-// UseColumns makes sure that the columns can be used; the error is a *ColumnError if they cannot.
+// UseColumns makes sure that the columns that are in use can be used; the error is a *ColumnError if they cannot.
 func (s *Store) UseColumns(ctx context.Context) error {
 	_, err := s.known(ctx)
 	return wrap("look the columns up", err)
@@ -78,11 +78,11 @@ func (cs *columns) configured() []Column {
 	return out
 }
 
-// lookUp asks the catalogue for every column of cs, and completes those that can be used.
-func (s *Store) lookUp(ctx context.Context, cs *columns) ([]ColumnReport, error) {
-	reports := make([]ColumnReport, len(cs.list))
+// lookUp asks the catalogue for every column of list, and completes those that can be used.
+func (s *Store) lookUp(ctx context.Context, list []*column) ([]ColumnReport, error) {
+	reports := make([]ColumnReport, len(list))
 	err := s.do(ctx, s.house, "look the columns up", func(ctx context.Context, conn *pgx.Conn) error {
-		for i, c := range cs.list {
+		for i, c := range list {
 			look := looker{c: c, conn: conn}
 			if err := look.all(ctx); err != nil {
 				return err

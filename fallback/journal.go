@@ -167,7 +167,7 @@ func (s *Store) Poll(ctx context.Context, after int64) (Poll, error) {
 		if len(cs.list) == 0 {
 			b.Queue(pollSQL, pollLimit+1, after)
 		} else {
-			b.Queue(pollColumnsSQL, pollLimit+1, after, cs.routes)
+			b.Queue(pollColumnsSQL, pollLimit+1, after, cs.inUse())
 		}
 		b.Queue(phasesSQL, maxPhases)
 		br := c.SendBatch(ctx, &b)
@@ -314,6 +314,9 @@ func (l *lister) table(ctx context.Context, after string) error {
 // columns lists keys of the column from and those that follow it, in the first behind after.
 func (l *lister) columns(ctx context.Context, from int, after string) error {
 	for i := from; i < len(l.cs.list) && len(l.refs) < l.limit; i++ {
+		if !l.cs.list[i].checked.Load() {
+			continue
+		}
 		list := l.recent
 		if l.since.IsZero() {
 			list = l.rows

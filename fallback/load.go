@@ -48,7 +48,7 @@ func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, erro
 	if len(refs) == 0 {
 		return nil, nil
 	}
-	cs, err := s.known(ctx)
+	cs, err := s.known(ctx, refs...)
 	if err != nil {
 		return nil, wrap("load", err)
 	}

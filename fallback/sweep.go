@@ -105,6 +105,10 @@ func (s *Store) sweepMeta(ctx context.Context, at *metaPlace) error {
 		*at = metaPlace{}
 	}
 	c := cs.list[at.column]
+	if !c.checked.Load() {
+		*at = metaPlace{column: at.column + 1}
+		return nil
+	}
 	return s.do(ctx, s.house, "sweep what is known of a column", func(ctx context.Context, conn *pgx.Conn) error {
 		rows, err := conn.Query(ctx, metaPageSQL, c.Route, at.after, sweepBatch)
 		if err != nil {

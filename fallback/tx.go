@@ -115,7 +115,7 @@ func (s *Store) Lock(ctx context.Context, refs []policy.Ref) (*Tx, error) {
 func (s *Store) open(ctx context.Context, refs []policy.Ref, values bool) (*Tx, error) {
 	ctx, cancel := s.within(ctx)
 	defer cancel()
-	cs, err := s.known(ctx)
+	cs, err := s.known(ctx, refs...)
 	if err != nil {
 		return nil, wrap("begin", err)
 	}
@@ -284,7 +284,7 @@ func (t *Tx) Strike(ctx context.Context, ids []int64) (_ []Intent, err error) {
 	ctx, cancel := t.s.within(ctx)
 	defer cancel()
 	var b pgx.Batch
-	b.Queue(takeSQL, ids, t.cs.arrays())
+	b.Queue(takeSQL, ids, t.cs.inUse())
 	if len(t.cs.list) > 0 {
 		b.Queue(toldSQL, ids)
 	}
@@ -320,7 +320,7 @@ func (t *Tx) Named(ctx context.Context, keys []string) (map[string]bool, error) 
 	}
 	ctx, cancel := t.s.within(ctx)
 	defer cancel()
-	rows, err := t.conn.Query(ctx, namedSQL, keys, t.cs.arrays())
+	rows, err := t.conn.Query(ctx, namedSQL, keys, t.cs.inUse())
 	if err != nil {
 		return nil, wrap("look into the journal", err)
 	}

@@ -290,6 +290,11 @@ func (r *report) columns(ctx context.Context, s *fallback.Store, cfg *config.Con
 	for _, c := range cfg.ColumnRoutes() {
 		stores[c.Route] = c.Store
 	}
+	for _, c := range columns(cfg) {
+		if c.Unused {
+			r.ok("postgres", "route %s: its column is not used in its phase", c.Route)
+		}
+	}
 	for _, c := range reports {
 		usable := true
 		for _, f := range c.Findings {

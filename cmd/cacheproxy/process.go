@@ -122,10 +122,14 @@ func newFallback(cfg *config.Config, log *zap.Logger) (*fallback.Store, error) {
 
 // columns are the routes whose store is a column of the application's.
 func columns(cfg *config.Config) []fallback.Column {
+	unused := map[string]bool{}
+	for _, r := range cfg.PolicyRoutes() {
+		unused[r.Name] = !r.Phase.Rules().UsesStore
+	}
 	var out []fallback.Column
 	for _, r := range cfg.ColumnRoutes() {
 		out = append(out, fallback.Column{
-			Route: r.Route, Table: r.Store.Table, Keys: r.Keys, Value: r.Store.ValueColumn,
+			Unused: unused[r.Route], Route: r.Route, Table: r.Store.Table, Keys: r.Keys, Value: r.Store.ValueColumn,
 			Expires: r.Store.ExpiresColumn, Updated: r.Store.UpdatedColumn, Template: r.Template,
 		})
 	}
