@@ -146,7 +146,7 @@ func transferKeys(peer *proxy.Peer, rng *rand.Rand, stop <-chan struct{}) {
 		}
 		if _, err = link.Measure(ctx); err == nil {
 			var standing proxy.Standing
-			if standing, err = link.Standing(ctx); err == nil && standing != proxy.Verified {
+			if standing, err = link.Trust(ctx); err == nil && standing != proxy.Verified {
 				err = errors.New("nobody has looked at this redis yet")
 			}
 		}
