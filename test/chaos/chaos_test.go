@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +34,9 @@ var fleets = []fleet{
 	{"phase1+phase2", []string{"phase1", "phase2"}}, {"phase2", []string{"phase2", "phase2"}}, {"phase2+drain", []string{"phase2", "drain"}},
 	{"drain", []string{"drain", "drain"}}, {"drain+phase3", []string{"drain", "phase3"}}, {"phase3", []string{"phase3", "phase3"}},
 }
+
+// travellers go through all phases.
+var travellers = fleet{"phases", []string{"phase0", "phase0", "phase0"}}
 
 type fleet struct {
 	name   string
@@ -95,18 +97,61 @@ func (o *outcome) add(n outcome) {
 // cell is a line of the report.
 type cell struct{ fleet, nemesis string }
 
+// rerun names one run: CHAOS_RUN takes what its String is.
+type rerun struct {
+	fleet, nemesis string
+	seed           uint64
+}
+
+func (r rerun) String() string { return fmt.Sprintf("%s/%s/%d", r.fleet, r.nemesis, r.seed) }
+
+// parseRerun finds the fleet and the nemesis that s names.
+func parseRerun(s string) (f fleet, n nemesis, seed uint64, err error) {
+	parts := strings.Split(s, "/")
+	if len(parts) != 3 {
+		return f, n, 0, fmt.Errorf("%q is not fleet/nemesis/seed", s)
+	}
+	all, does := append(slices.Clone(fleets), travellers), append(slices.Clone(nemeses), journey)
+	i := slices.IndexFunc(all, func(f fleet) bool { return f.name == parts[0] })
+	j := slices.IndexFunc(does, func(n nemesis) bool { return n.name == parts[1] })
+	if i < 0 || j < 0 {
+		return f, n, 0, fmt.Errorf("%q: there is no such fleet or nemesis", s)
+	}
+	seed, err = strconv.ParseUint(parts[2], 10, 64)
+	return all[i], does[j], seed, err
+}
+
 // fixedSeed is that of the first half of a run that is not told one, so that two such runs do the same there as far as the machine lets them.
 const fixedSeed = 1
 
-// TestChaos takes CHAOS, how long all of it is to last, and CHAOS_SEED. Without them it takes three minutes, half of it with a seed of its own.
+// TestChaos takes CHAOS, how long all of it is to last, and CHAOS_SEED. Without them it takes three minutes, half of it with a seed of its own. With CHAOS_RUN it
+// repeats one run, as often as CHAOS has time for, or once.
 func TestChaos(t *testing.T) {
 	length := 3 * time.Minute
+	which := os.Getenv("CHAOS_RUN")
+	if which != "" {
+		length = 0
+	}
 	if v := os.Getenv("CHAOS"); v != "" {
 		d, err := time.ParseDuration(v)
 		if err != nil {
 			t.Fatalf("CHAOS: %v", err)
 		}
 		length = d
+	}
+	program := testenv.Program(t)
+	all := map[cell]*outcome{}
+	if which != "" {
+		f, n, seed, err := parseRerun(which)
+		if err != nil {
+			t.Fatalf("CHAOS_RUN: %v", err)
+		}
+		c := newCluster(t, options{program: program}, f.phases...)
+		for began, once := time.Now(), true; once || time.Since(began) < length && !t.Failed(); once = false {
+			chaos(t, c, f, n, seed, all)
+		}
+		t.Log("\n" + report(all))
+		return
 	}
 	seeds := []uint64{fixedSeed, uint64(time.Now().UnixNano())}
 	if v := os.Getenv("CHAOS_SEED"); v != "" {
@@ -117,9 +162,7 @@ func TestChaos(t *testing.T) {
 		seeds = []uint64{n}
 	}
 	t.Logf("seeds: %d", seeds)
-	all := map[cell]*outcome{}
 	share := length / time.Duration(len(fleets)+1) / time.Duration(len(seeds))
-	program := testenv.Program(t)
 	for _, seed := range seeds {
 		for i, f := range fleets {
 			t.Run(f.name, func(t *testing.T) {
@@ -136,10 +179,9 @@ func TestChaos(t *testing.T) {
 			})
 		}
 		t.Run(journey.name, func(t *testing.T) {
-			f := fleet{"phases", []string{"phase0", "phase0", "phase0"}}
 			rng := rand.New(rand.NewPCG(seed, uint64(len(fleets))))
 			for end := time.Now().Add(share); time.Now().Before(end) && !t.Failed(); {
-				chaos(t, newCluster(t, options{program: program}, f.phases...), f, journey, rng.Uint64(), all)
+				chaos(t, newCluster(t, options{program: program}, travellers.phases...), travellers, journey, rng.Uint64(), all)
 			}
 		})
 	}
@@ -149,9 +191,10 @@ func TestChaos(t *testing.T) {
 // chaos is one run, as a test of its own.
 func chaos(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64, all map[cell]*outcome) {
 	t.Run(n.name, func(t *testing.T) {
-		o := newRun(t, c, f, n, seed).judge(n.length())
+		r := newRun(t, c, f, n, seed)
+		o := r.judge(n.length())
 		for _, a := range o.anomalies {
-			t.Errorf("%s; CHAOS_SEED=%d", a, seed)
+			t.Errorf("%s; CHAOS_RUN='%s'", a, r.name())
 		}
 		if t.Failed() {
 			t.Log(strings.Join(o.reasons, "\n"))
@@ -184,6 +227,9 @@ func newRun(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64) *run {
 	return r
 }
 
+// name is what CHAOS_RUN repeats it by.
+func (r *run) name() rerun { return rerun{r.fleet.name, r.nemesis.name, r.seed} }
+
 // judge lets clients and the nemesis work for a time, and says what it found.
 func (r *run) judge(length time.Duration) (o outcome) {
 	var wg sync.WaitGroup
@@ -210,7 +256,7 @@ func (r *run) judge(length time.Duration) (o outcome) {
 		case v.result != porcupine.Ok:
 			where := ""
 			if !r.unkept {
-				where = ", the history is in " + keep(r.t, k)
+				where = ", the history is in " + keep(r.t, r.name(), k)
 			}
 			o.anomalies = append(o.anomalies, fmt.Sprintf("%s: %s%s", k.name, v.result, where))
 		case v.slack > 0:
@@ -258,7 +304,14 @@ func (r *run) readAll() {
 	}
 }
 
-// line is a command in the file of a history.
+// history is the file of one.
+type history struct {
+	Run      string // what CHAOS_RUN repeats it by
+	Key      string
+	Commands []line
+}
+
+// line is a command of it.
 type line struct {
 	Client    int
 	From, To  float64 // ms; To is -1 if it never returned
@@ -269,10 +322,10 @@ type line struct {
 	Got       string // "?": nobody knows
 }
 
-// keep writes a history that was judged wrong, as JSON and as a page to look at, and returns where.
-func keep(t *testing.T, k *key) string {
+// keep writes the history of a key that was judged wrong, as JSON and as a page to look at, and returns where. What was kept before stays.
+func keep(t *testing.T, of rerun, k *key) string {
 	t.Helper()
-	var lines []line
+	h := history{Run: of.String(), Key: k.name}
 	for _, op := range k.ops {
 		got := "?"
 		if o := op.Output.(output); o.known {
@@ -283,25 +336,30 @@ func keep(t *testing.T, k *key) string {
 			to = -1
 		}
 		in := op.Input.(input)
-		lines = append(lines, line{op.ClientId, float64(op.Call) / 1e6, to, in.verb, in.how, in.arg, in.forgetful, in.uncounted, got})
+		h.Commands = append(h.Commands, line{op.ClientId, float64(op.Call) / 1e6, to, in.verb, in.how, in.arg, in.forgetful, in.uncounted, got})
 	}
-	b, err := json.MarshalIndent(lines, "", " ")
+	b, err := json.MarshalIndent(h, "", " ")
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := "failures"
-	file := filepath.Join(dir, fmt.Sprintf("%s-%s.json", strings.ReplaceAll(strings.ReplaceAll(t.Name(), "/", "-"), " ", "_"), k.name))
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll("failures", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(file, b, 0o644); err != nil {
+	f, err := os.CreateTemp("failures", strings.NewReplacer("/", "-", " ", "_").Replace(h.Run)+"-"+k.name+"-*.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
 	_, info := porcupine.CheckOperationsVerbose(model, k.ops, checkTime)
-	if err := porcupine.VisualizePath(model, info, strings.TrimSuffix(file, "json")+"html"); err != nil {
+	if err := porcupine.VisualizePath(model, info, strings.TrimSuffix(f.Name(), "json")+"html"); err != nil {
 		t.Log(err)
 	}
-	return file
+	return f.Name()
 }
 
 // report is what was done and found.
@@ -313,7 +371,7 @@ func report(all map[cell]*outcome) string {
 		fmt.Fprintf(&b, "%-14s %-18s %5d %9d %8d %8d %8d %7d %6d %7d %9d %9v %9v %10v\n", at.fleet, at.nemesis, o.runs, o.commands, o.refused, o.unknown, o.unsent, o.faults, o.keys, o.lives, o.excepted,
 			o.stale, o.repaired.Round(ms), o.unrepaired.Round(ms))
 	}
-	for _, f := range append(slices.Clone(fleets), fleet{name: "phases"}) {
+	for _, f := range append(slices.Clone(fleets), travellers) {
 		for _, n := range append(slices.Clone(nemeses), journey) {
 			at := cell{f.name, n.name}
 			if o := all[at]; o != nil {
