@@ -109,11 +109,16 @@ func (s *sidecar) configure(c *cluster, phase string) {
 listen: {address: %q}
 observe: {address: %q}
 admin: {address: ""}
+health: {ready_requires: all}
 redis: {url: "redis://%s/0"}
 postgres: {url: %q}
 log: {level: warn}
 routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
 `, s.addr, s.observe, s.toRedis.Addr(), c.pg.URLVia(s.toStore.Addr(), "app"), phase)
+	if s.options.steps {
+		// Whoever waits here waits for the test, and on a machine that is busy for as long as it takes.
+		text = strings.NewReplacer("redis: {", "redis: {timeout: 20s, ", "postgres: {", "postgres: {timeout: 20s, ").Replace(text)
+	}
 	if s.poll > 0 {
 		text += fmt.Sprintf("journal: {poll: %v}\n", s.poll)
 	}
