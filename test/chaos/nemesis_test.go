@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"cacheproxy/internal/testenv"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // nemesis does harm until r.stop, and has mended it all when it returns. It counts what it did.
@@ -20,7 +23,9 @@ type nemesis struct {
 	storeless bool
 	// forgets: Redis forgets keys all the time.
 	forgets bool
-	do      func(r *run, rng *rand.Rand)
+	// once: it ends by itself, and the run with it.
+	once bool
+	do   func(r *run, rng *rand.Rand)
 }
 
 // sleep waits between min and max. false: it is over.
@@ -35,8 +40,11 @@ func (r *run) sleep(rng *rand.Rand, min, max time.Duration) bool {
 
 const ms = time.Millisecond
 
+// calm is the nemesis that does no harm.
+const calm = "nothing"
+
 var nemeses = []nemesis{
-	{name: "nothing", do: func(r *run, _ *rand.Rand) { <-r.stop }},
+	{name: calm, do: func(r *run, _ *rand.Rand) { <-r.stop }},
 	{name: "evict", do: func(r *run, rng *rand.Rand) {
 		c := client(r.c.redis().Addr())
 		defer c.Close()
@@ -204,34 +212,31 @@ func (r *run) must(err error) {
 }
 
 // step moves the fleet by one phase, sidecar by sidecar.
-func (r *run) step(rng *rand.Rand, phase string) bool {
+func (r *run) step(rng *rand.Rand, phase string) {
 	for _, i := range rng.Perm(len(r.c.sidecars)) {
 		s := r.c.sidecars[i]
 		s.configure(r.c, phase)
 		soon(r.t, "the sidecar serves "+phase, s.serves)
 		r.faults.Add(1)
-		if !r.sleep(rng, 20*ms, 200*ms) {
-			return false
-		}
+		r.sleep(rng, 20*ms, 200*ms)
 	}
-	return true
 }
 
 // journey moves the fleet through all phases and back while clients go on. Before drain what only the store has is read, and so promoted; before phase0 what only
 // Redis has is touched, and so copied into the store: what migrate and migrate --reverse are for.
-var journey = nemesis{name: "phases", do: func(r *run, rng *rand.Rand) {
-	for {
-		for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
-			switch phase {
-			case "drain":
-				r.each("GET")
-				r.each("GET") // what was just being loaded by another was not promoted
-			case "phase0":
-				r.each("EXPIRE", long)
-			}
-			if !r.step(rng, phase) {
-				return
-			}
+var journey = nemesis{name: "phases", once: true, do: func(r *run, rng *rand.Rand) {
+	for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
+		switch phase {
+		case "drain":
+			r.each("GET")
+			r.each("GET") // what was just being loaded by another was not promoted
+		case "phase0":
+			r.each("EXPIRE", long)
+		}
+		r.step(rng, phase)
+		r.sleep(rng, 500*ms, time.Second)
+		if r.t.Failed() {
+			return
 		}
 	}
 }}
@@ -241,10 +246,12 @@ func (r *run) each(name string, args ...any) {
 	c := client(r.c.sidecars[0].addr)
 	defer c.Close()
 	for _, k := range r.all() {
-		for {
-			if err := c.Do(context.Background(), append([]any{name, k.name}, args...)...).Err(); err == nil || err.Error() == "redis: nil" {
-				break
+		soon(r.t, name+" "+k.name, func() error {
+			err := c.Do(context.Background(), append([]any{name, k.name}, args...)...).Err()
+			if errors.Is(err, redis.Nil) {
+				err = nil
 			}
-		}
+			return err
+		})
 	}
 }

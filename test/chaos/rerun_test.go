@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"encoding/json"
+	"maps"
 	"os"
 	"slices"
 	"testing"
@@ -45,6 +46,60 @@ func TestRerun(t *testing.T) {
 	for _, bad := range []string{"", "phase1", "phase1/nothing", "phase9/nothing/1", "phase1/anything/1", "phase1/nothing/x", "phase1/nothing/1/2"} {
 		if _, _, _, err := parseRerun(bad); err == nil {
 			t.Errorf("%q is taken", bad)
+		}
+	}
+}
+
+// A run in which nothing is done, or nothing happens, is no proof.
+func TestShortfalls(t *testing.T) {
+	full := func() map[cell]*outcome {
+		all := map[cell]*outcome{{travellers.name, journey.name}: {runs: 1, commands: 100, faults: 1}}
+		rng := clientRand(1, 1)
+		for range nemeses {
+			for _, f := range fleets {
+				n := rarest(f, rng, all)
+				at := cell{f.name, n.name}
+				if all[at] != nil {
+					t.Fatalf("%s is under %q again before it was under all", f.name, n.name)
+				}
+				all[at] = &outcome{runs: 1, commands: 100, faults: 1}
+			}
+		}
+		return all
+	}
+	if bad := shortfalls(full()); len(bad) > 0 {
+		t.Errorf("a full run: %q", bad)
+	}
+	for name, spoil := range map[string]func(map[cell]*outcome){
+		"all are refused": func(all map[cell]*outcome) {
+			for _, o := range all {
+				o.refused = 51
+			}
+		},
+		"all are uncertain": func(all map[cell]*outcome) {
+			for _, o := range all {
+				o.unknown = 21
+			}
+		},
+		"none can be sent": func(all map[cell]*outcome) {
+			for _, o := range all {
+				o.unsent = 101
+			}
+		},
+		"one has no fault": func(all map[cell]*outcome) { all[cell{"phase1", "evict"}].faults = 0 },
+		"one does nothing": func(all map[cell]*outcome) { all[cell{"phase1", "evict"}].refused = 100 },
+		"no journey":       func(all map[cell]*outcome) { delete(all, cell{travellers.name, journey.name}) },
+		"a fleet is missing": func(all map[cell]*outcome) {
+			maps.DeleteFunc(all, func(at cell, _ *outcome) bool { return at.fleet == "drain" })
+		},
+		"so is a nemesis": func(all map[cell]*outcome) {
+			maps.DeleteFunc(all, func(at cell, _ *outcome) bool { return at.nemesis == "flush" })
+		},
+	} {
+		all := full()
+		spoil(all)
+		if len(shortfalls(all)) == 0 {
+			t.Errorf("%s, and nobody minds", name)
 		}
 	}
 }

@@ -32,7 +32,7 @@ func TestWrongVariants(t *testing.T) {
 	for _, w := range wrongs {
 		t.Run(w.rule, func(t *testing.T) {
 			n := nemeses[slices.IndexFunc(nemeses, func(n nemesis) bool { return n.name == w.nemesis })]
-			length := max(w.length, n.length())
+			length := max(w.length, length)
 			c := newCluster(t, options{program: program, wrong: w.rule}, w.phases...)
 			began := time.Now()
 			for seed := uint64(1); time.Since(began) < patienceWithWrong; seed++ {
