@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -105,23 +106,21 @@ func (s *sidecar) configure(c *cluster, phase string) {
 	s.mu.Lock()
 	s.phase = phase
 	s.mu.Unlock()
+	wait, dial, query := redisWait, redisDial, storeWait
+	if s.options.steps { // who waits then waits for the test, and on a busy machine for as long as it takes
+		wait, dial, query = withSteps, withSteps, withSteps
+	}
 	text := fmt.Sprintf(`
 listen: {address: %q}
 observe: {address: %q}
 admin: {address: ""}
 health: {ready_requires: all}
-redis: {url: "redis://%s/0"}
-postgres: {url: %q}
+redis: {url: "redis://%s/0", timeout: %v, dial_timeout: %v}
+postgres: {url: %q, timeout: %v}
 log: {level: warn}
 routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
-`, s.addr, s.observe, s.toRedis.Addr(), c.pg.URLVia(s.toStore.Addr(), "app"), phase)
-	if s.options.steps {
-		// Whoever waits here waits for the test, and on a machine that is busy for as long as it takes.
-		text = strings.NewReplacer("redis: {", "redis: {timeout: 20s, ", "postgres: {", "postgres: {timeout: 20s, ").Replace(text)
-	}
-	if s.poll > 0 {
-		text += fmt.Sprintf("journal: {poll: %v}\n", s.poll)
-	}
+journal: {poll: %v}
+`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, phase, cmp.Or(s.poll, journalPoll))
 	// Written beside and moved into place, so that it is never read in half.
 	if err := os.WriteFile(s.config+".new", []byte(text), 0o600); err != nil {
 		s.t.Error(err)

@@ -17,8 +17,8 @@ import (
 // nemesis does harm until r.stop, and has mended it all when it returns. It counts what it did.
 type nemesis struct {
 	name string
-	// apart: while it is at work a sidecar may not reach Redis, so that others may miss what is written through it (exception (a) of P3).
-	apart bool
+	// apart: while it is at work Redis may not be reached. alone: by one sidecar, while others do, so that they may miss what is written through it (exception (a) of P3).
+	apart, alone bool
 	// storeless: Postgres may not be reached, so that what is acknowledged stands in Redis alone (exception (b)).
 	storeless bool
 	// forgets: Redis forgets keys all the time.
@@ -148,7 +148,7 @@ var nemeses = []nemesis{
 			r.faults.Add(1)
 		}
 	}},
-	{name: "cut from redis", apart: true, do: func(r *run, rng *rand.Rand) {
+	{name: "cut from redis", apart: true, alone: true, do: func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toRedis })
 	}},
 	{name: "cut from postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
