@@ -154,6 +154,12 @@ var nemeses = []nemesis{
 	{name: "cut from postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toStore })
 	}},
+	{name: "half-open redis", apart: true, alone: true, do: func(r *run, rng *rand.Rand) {
+		r.halfOpen(rng, func(s *sidecar) *testenv.Link { return s.toRedis })
+	}},
+	{name: "half-open postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
+		r.halfOpen(rng, func(s *sidecar) *testenv.Link { return s.toStore })
+	}},
 	{name: "flush", do: func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 50*ms, 200*ms) {
 			r.flush(rng)
@@ -185,6 +191,17 @@ func (r *run) links(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
 		case 2:
 			l.Delay(time.Duration(1+rng.IntN(100)) * ms)
 		}
+		r.sleep(rng, 50*ms, 900*ms)
+		l.Heal()
+		r.faults.Add(1)
+	}
+}
+
+// halfOpen loses for a while what one sidecar says, or what it is answered; its connections lead nowhere from then on, and nobody is told.
+func (r *run) halfOpen(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
+	for r.sleep(rng, 100*ms, 500*ms) {
+		l := of(r.c.sidecars[rng.IntN(len(r.c.sidecars))])
+		l.Drop(rng.IntN(2) == 0)
 		r.sleep(rng, 50*ms, 900*ms)
 		l.Heal()
 		r.faults.Add(1)
