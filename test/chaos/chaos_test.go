@@ -1,8 +1,11 @@
 // Package chaos runs several real sidecars before a real Redis and a real Postgres, does harm to all of them, and judges what clients were told: of each key
 // there must be an order of the commands, each between its call and its answer, in which Redis would have given these answers.
 //
-// chaos_test.go has the runs and their report, traffic_test.go what clients do, nemesis_test.go the harm, model_test.go what is judged by, and
-// cluster_test.go the servers.
+// chaos_test.go has the runs and their report, traffic_test.go what clients do, lives_test.go the keys that end, nemesis_test.go the harm, model_test.go what is
+// judged by (model_check_test.go tries that), rerun_test.go how a run is repeated, and cluster_test.go the servers.
+//
+// Beside the histories stand: steps_test.go, a sidecar dies at each message of each protocol; traces_test.go, what sidecars say is what the model of the protocols
+// says; outage_test.go, the death and the failover of Redis under many clients; and wrong_test.go, programs that break a rule are found out.
 package chaos
 
 import (
