@@ -61,6 +61,7 @@ type sidecar struct {
 type options struct {
 	program string
 	wrong   string        // the rule that it breaks, if it is built to
+	policy  string        // write_policy; "": the default
 	poll    time.Duration // journal.poll; 0: the default
 	steps   bool          // their messages to the stores can be looked at
 }
@@ -118,9 +119,9 @@ health: {ready_requires: all}
 redis: {url: "redis://%s/0", timeout: %v, dial_timeout: %v}
 postgres: {url: %q, timeout: %v}
 log: {level: warn}
-routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
+routes: [{name: all, match: "*", phase: %s, write_policy: %s, on_unknown: error}]
 journal: {poll: %v}
-`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, phase, cmp.Or(s.poll, journalPoll))
+`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, phase, cmp.Or(s.policy, "any"), cmp.Or(s.poll, journalPoll))
 	// Written beside and moved into place, so that it is never read in half.
 	if err := os.WriteFile(s.config+".new", []byte(text), 0o600); err != nil {
 		s.t.Error(err)
