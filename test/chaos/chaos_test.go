@@ -79,6 +79,11 @@ type fleet struct {
 	policy string // write_policy
 }
 
+// options are those of its sidecars. On the way through the phases no store fails, and a busy machine must not look as if one did.
+func (f fleet) options(program string) options {
+	return options{program: program, policy: f.policy, patient: f.name == travellers.name}
+}
+
 func (f fleet) has(phase string) bool { return slices.Contains(f.phases, phase) }
 
 // redisAlone: what was written last may be in Redis alone.
@@ -90,7 +95,7 @@ const (
 	redisWait   = 250 * ms
 	redisDial   = 500 * ms
 	storeWait   = 2 * time.Second
-	withSteps   = 20 * time.Second
+	patientWait = 20 * time.Second
 )
 
 // unseen is how old a read may be under exceptions (a) and (b) of P3: a sidecar looks into the journals so often, and it takes so long to notice that a
@@ -191,7 +196,7 @@ func TestChaos(t *testing.T) {
 		if err != nil {
 			t.Fatalf("CHAOS_RUN: %v", err)
 		}
-		c := newCluster(t, options{program: program, policy: f.policy}, f.phases...)
+		c := newCluster(t, f.options(program), f.phases...)
 		for began, once := time.Now(), true; once || time.Since(began) < told && !t.Failed(); once = false {
 			chaos(t, c, f, n, seed, all)
 		}
@@ -211,7 +216,7 @@ func TestChaos(t *testing.T) {
 	for _, seed := range seeds {
 		for i, f := range fleets {
 			t.Run(f.name, func(t *testing.T) {
-				c := newCluster(t, options{program: program, policy: f.policy}, f.phases...)
+				c := newCluster(t, f.options(program), f.phases...)
 				rng := rand.New(rand.NewPCG(seed, uint64(i)))
 				for end := time.Now().Add(share); time.Now().Before(end) && !t.Failed(); {
 					chaos(t, c, f, rarest(f, rng, all), rng.Uint64(), all)
@@ -221,7 +226,7 @@ func TestChaos(t *testing.T) {
 		t.Run(journey.name, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, uint64(len(fleets))))
 			for end := time.Now().Add(share); time.Now().Before(end) && !t.Failed(); {
-				chaos(t, newCluster(t, options{program: program}, travellers.phases...), travellers, journey, rng.Uint64(), all)
+				chaos(t, newCluster(t, travellers.options(program), travellers.phases...), travellers, journey, rng.Uint64(), all)
 			}
 		})
 	}

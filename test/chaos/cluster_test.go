@@ -64,6 +64,7 @@ type options struct {
 	policy  string        // write_policy; "": the default
 	poll    time.Duration // journal.poll; 0: the default
 	steps   bool          // their messages to the stores can be looked at
+	patient bool          // they wait for the stores as long as a busy machine may take, for no store is to be down
 }
 
 // newCluster starts sidecars in phases.
@@ -108,8 +109,8 @@ func (s *sidecar) configure(c *cluster, phase string) {
 	s.phase = phase
 	s.mu.Unlock()
 	wait, dial, query := redisWait, redisDial, storeWait
-	if s.options.steps { // who waits then waits for the test, and on a busy machine for as long as it takes
-		wait, dial, query = withSteps, withSteps, withSteps
+	if s.patient {
+		wait, dial, query = patientWait, patientWait, patientWait
 	}
 	text := fmt.Sprintf(`
 listen: {address: %q}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +23,7 @@ const lateness = 30 * time.Millisecond
 type lives struct {
 	mu    sync.Mutex
 	names []string   // guarded by mu: the last ones
+	lasts []string   // guarded by mu: those that may have no end
 	reads []lifeRead // guarded by mu
 	wrong []string   // of judge
 }
@@ -54,6 +56,13 @@ func (l *lives) some(rng *rand.Rand) string {
 		return "none"
 	}
 	return l.names[rng.IntN(len(l.names))]
+}
+
+// lasting are the keys that may have no end.
+func (l *lives) lasting() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.lasts)
 }
 
 // spans are times in which something happened.
@@ -130,7 +139,13 @@ func (r *run) beget(conns []*redis.Client, rng *rand.Rand, name string, ttl time
 		x.back = r.now()
 		return err == nil && (said == "OK" || said == int64(1))
 	}
-	switch rng.IntN(4) {
+	kind := rng.IntN(4)
+	if kind < 2 {
+		r.lives.mu.Lock()
+		r.lives.lasts = append(r.lives.lasts, name)
+		r.lives.mu.Unlock()
+	}
+	switch kind {
 	case 0:
 		x.how = "PEXPIRE"
 		return x, say("SET", name, "v") && say("PEXPIRE", name, ttl.Milliseconds())

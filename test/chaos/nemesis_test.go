@@ -245,10 +245,10 @@ var journey = nemesis{name: "phases", once: true, do: func(r *run, rng *rand.Ran
 	for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
 		switch phase {
 		case "drain":
-			r.each("GET")
-			r.each("GET") // what was just being loaded by another was not promoted
+			r.each(r.names(), "GET")
+			r.each(r.names(), "GET") // what was just being loaded by another was not promoted
 		case "phase0":
-			r.each("EXPIRE", long)
+			r.each(append(r.names(), r.lives.lasting()...), "EXPIRE", long)
 		}
 		r.step(rng, phase)
 		r.sleep(rng, 500*ms, time.Second)
@@ -258,13 +258,21 @@ var journey = nemesis{name: "phases", once: true, do: func(r *run, rng *rand.Ran
 	}
 }}
 
+// names are those of all keys that there have been.
+func (r *run) names() (names []string) {
+	for _, k := range r.all() {
+		names = append(names, k.name)
+	}
+	return names
+}
+
 // each says a command about every key.
-func (r *run) each(name string, args ...any) {
+func (r *run) each(names []string, command string, args ...any) {
 	c := client(r.c.sidecars[0].addr)
 	defer c.Close()
-	for _, k := range r.all() {
-		soon(r.t, name+" "+k.name, func() error {
-			err := c.Do(context.Background(), append([]any{name, k.name}, args...)...).Err()
+	for _, name := range names {
+		soon(r.t, command+" "+name, func() error {
+			err := c.Do(context.Background(), append([]any{command, name}, args...)...).Err()
 			if errors.Is(err, redis.Nil) {
 				err = nil
 			}

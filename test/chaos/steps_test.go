@@ -198,7 +198,7 @@ func TestCrashAtEachStep(t *testing.T) {
 	for _, phase := range []string{"phase0", "phase1", "phase2", "drain"} {
 		t.Run(phase, func(t *testing.T) {
 			t.Parallel()
-			c := newCluster(t, options{program: program, steps: true, poll: 100 * ms}, phase, phase)
+			c := newCluster(t, options{program: program, steps: true, patient: true, poll: 100 * ms}, phase, phase)
 			died := map[testenv.Step]int{}
 			tries := 0
 			try := func(d deed, is func(testenv.Step) bool) bool {

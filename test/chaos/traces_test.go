@@ -116,7 +116,7 @@ func TestTracesAreTheModels(t *testing.T) {
 				serve = append(serve, policy.Phase(p-'0'))
 				names = append(names, policy.Phase(p-'0').String())
 			}
-			c := newCluster(t, options{program: program, steps: true, poll: time.Minute}, names...)
+			c := newCluster(t, options{program: program, steps: true, patient: true, poll: time.Minute}, names...)
 			direct := client(c.redis().Addr())
 			defer direct.Close()
 			ctx := context.Background()
