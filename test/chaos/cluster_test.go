@@ -64,6 +64,7 @@ type options struct {
 	policy  string        // write_policy; "": the default
 	poll    time.Duration // journal.poll; 0: the default
 	steps   bool          // their messages to the stores can be looked at
+	query   time.Duration // postgres.timeout; 0: storeWait
 	patient bool          // they wait for the stores as long as a busy machine may take, for no store is to be down
 }
 
@@ -108,7 +109,7 @@ func (s *sidecar) configure(c *cluster, phase string) {
 	s.mu.Lock()
 	s.phase = phase
 	s.mu.Unlock()
-	wait, dial, query := redisWait, redisDial, storeWait
+	wait, dial, query := redisWait, redisDial, cmp.Or(s.query, storeWait)
 	if s.patient {
 		wait, dial, query = patientWait, patientWait, patientWait
 	}

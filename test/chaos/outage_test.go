@@ -34,7 +34,7 @@ const load = "WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now)"
 
 // Redis dies under many clients of a sidecar in phase1, and comes back empty. No client is told of it.
 func TestRedisKill(t *testing.T) {
-	c := newCluster(t, options{program: testenv.Program(t)}, "phase1")
+	c := newCluster(t, options{program: testenv.Program(t), query: patientWait}, "phase1") // a busy store is not to be another outage
 	s := c.sidecars[0]
 	const keysEach = 20
 	var wg sync.WaitGroup
