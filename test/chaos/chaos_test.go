@@ -329,7 +329,7 @@ var runs atomic.Int64
 
 func newRun(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64) *run {
 	r := &run{fleet: f, nemesis: n, redisAlone: f.redisAlone()}
-	if f.name != strict && f.has("phase1") && (n.alone || n.storeless && f.has("phase0")) {
+	if f.name != strict && f.has("phase1") && (n.apart || n.storeless && f.has("phase0")) {
 		r.most = unseen
 	}
 	r.traffic = traffic{c: c, t: t, prefix: fmt.Sprintf("r%d", runs.Add(1)), seed: seed, began: time.Now(), stop: make(chan struct{}), forgetful: n.forgets && r.redisAlone,

@@ -160,7 +160,7 @@ func (r *run) beget(conns []*redis.Client, rng *rand.Rand, name string, ttl time
 func (r *run) judgeLives() {
 	for _, x := range r.lives.reads {
 		if what := x.wrong(r.losses.meet(x.began, x.to), r.most); what != "" {
-			r.lives.wrong = append(r.lives.wrong, fmt.Sprintf("%s, by %s to live %v, %s", x.name, x.how, x.ttl, what))
+			r.lives.wrong = append(r.lives.wrong, fmt.Sprintf("%s, by %s to live %v, %s, %v after that was acknowledged", x.name, x.how, x.ttl, what, time.Duration(x.from-x.back)))
 		}
 	}
 }
