@@ -75,7 +75,7 @@ soak: ## run 200 clients with random lives through the built proxy for SOAK, suc
 	@sh scripts/install-deps.sh
 	SOAK=$(SOAK) $(GO) test -v -count=1 -timeout=0 ./test/soak
 
-# Alone, as the soak.
+# Alone, as the soak. A run that takes half an hour longer than CHAOS ends itself: the test knows how long that is.
 chaos: ## several sidecars under faults for CHAOS, such as 1h; what clients were told is checked for linearizability
 	@sh scripts/install-deps.sh
 	CHAOS=$(CHAOS) $(GO) test -v -count=1 -timeout=0 ./test/chaos

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -24,7 +25,7 @@ const (
 	acceptPause = 5 * time.Millisecond
 )
 
-// Link is a TCP address in front of another address. Everything between the two can be cut, frozen and delayed. Its
+// Link is a TCP address in front of another address. Everything between the two can be cut, frozen, delayed and lost. Its
 // methods are safe for concurrent use.
 type Link struct {
 	t    testing.TB
@@ -38,6 +39,7 @@ type Link struct {
 	// thawed is closed when bytes may flow; Freeze replaces it with an open one.
 	thawed chan struct{}
 	delay  time.Duration
+	drop   map[bool]bool      // guarded by mu: directions in which all is lost, by Passing.Request
 	look   func(Passing) bool // guarded by mu; nil: nobody looks
 	opened int64              // guarded by mu: connections so far
 	// cut ends the connections that were made since the last Cut, and conns waits for them and for the accept loop.
@@ -52,6 +54,7 @@ func NewLink(t testing.TB, target string) *Link {
 		t:      t,
 		addr:   net.JoinHostPort("127.0.0.1", strconv.Itoa(FreePort(t))),
 		thawed: make(chan struct{}),
+		drop:   map[bool]bool{},
 	}
 	l.Aim(target)
 	close(l.thawed)
@@ -116,6 +119,14 @@ func (l *Link) Delay(d time.Duration) {
 	l.delay = d
 }
 
+// Drop makes the link half-open: what is sent in one direction, towards the target or back, is lost from now on, until Heal, and also that a side has closed. Connections
+// stay open, and new ones are accepted. One that has lost anything loses all that follows in that direction, also after Heal: no stream may go on behind a gap.
+func (l *Link) Drop(request bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.drop[request] = true
+}
+
 // Passing are bytes on their way through a link: what one read brought. They belong to the link.
 type Passing struct {
 	Conn    int64 // counts the connections of the link
@@ -131,12 +142,13 @@ func (l *Link) Look(f func(Passing) bool) {
 	l.look = f
 }
 
-// Heal undoes Cut, Freeze and Delay. Connections that were cut stay closed.
+// Heal undoes Cut, Freeze, Delay and Drop. Connections that were cut stay closed.
 func (l *Link) Heal() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.thaw()
 	l.delay = 0
+	clear(l.drop)
 	if l.listener != nil || l.ended {
 		return
 	}
@@ -258,6 +270,15 @@ type chunk struct {
 // error ends both. way is what is told to whom looks.
 func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn, way Passing) {
 	queue := make(chan chunk, queued)
+	var lost atomic.Bool // something was: all that follows is
+	loses := func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.drop[way.Request] {
+			lost.Store(true)
+		}
+		return lost.Load()
+	}
 	var reader sync.WaitGroup
 	reader.Go(func() {
 		defer close(queue)
@@ -277,7 +298,9 @@ func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 			if err != nil {
 				if !errors.Is(err, io.EOF) {
 					l.flowing(ctx) // while frozen, the other side does not learn of it either
-					cancel()
+					if !loses() {
+						cancel()
+					}
 					return
 				}
 				select {
@@ -293,6 +316,9 @@ func (l *Link) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 		if !sleepUntil(ctx, c.due) || !l.flowing(ctx) {
 			cancel()
 			return
+		}
+		if loses() {
+			continue
 		}
 		if len(c.bytes) == 0 {
 			if w, ok := dst.(interface{ CloseWrite() error }); ok && w.CloseWrite() == nil {

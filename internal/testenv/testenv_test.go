@@ -70,6 +70,22 @@ func (c *client) expect(want string) {
 	}
 }
 
+// expectSoon asks until it is answered so.
+func (c *client) expectSoon(ask, want string) {
+	c.t.Helper()
+	var got string
+	for began := time.Now(); got != want && time.Since(began) < patience; time.Sleep(time.Millisecond) {
+		c.send(ask)
+		var err error
+		if got, err = c.reply(patience); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	if got != want {
+		c.t.Fatalf("%s: got %q, want %q", ask, got, want)
+	}
+}
+
 func (c *client) expectSilence() {
 	c.t.Helper()
 	if got, err := c.reply(silence); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -191,6 +207,60 @@ func TestLinkFreeze(t *testing.T) {
 	link.Thaw()
 	before.expect(":2") // nothing was lost, and nothing doubled
 	during.expect("+PONG")
+}
+
+func TestLinkDrop(t *testing.T) {
+	r := testenv.Redis(t)
+	link := testenv.NewLink(t, r.Addr())
+	direct := dial(t, r.Addr())
+	for _, request := range []bool{true, false} {
+		before := dial(t, link.Addr())
+		before.send("SET k v")
+		before.expect("+OK")
+		link.Drop(request)
+		during := dial(t, link.Addr()) // accepted
+		before.send("APPEND k w")
+		during.send("APPEND k w")
+		before.expectSilence()
+		during.expectSilence()
+		link.Heal()
+		after := dial(t, link.Addr())
+		if request { // what was lost never arrived
+			after.send("STRLEN k")
+			after.expect(":1")
+		} else { // or the answer never came back
+			after.expectSoon("STRLEN k", ":3")
+		}
+		before.send("APPEND k w") // and nothing comes behind what was lost
+		during.send("APPEND k w")
+		before.expectSilence()
+		during.expectSilence()
+		if request {
+			direct.send("STRLEN k")
+			direct.expect(":1")
+		} else {
+			direct.expectSoon("STRLEN k", ":5")
+		}
+	}
+}
+
+// The server does not learn that the client is gone, as with a path that is.
+func TestDroppingLinkHidesTheEndOfTheClient(t *testing.T) {
+	r := testenv.Redis(t)
+	link := testenv.NewLink(t, r.Addr())
+	c, direct := dial(t, link.Addr()), dial(t, r.Addr())
+	c.send("CLIENT ID")
+	id, err := c.reply(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	link.Drop(true)
+	if err := c.conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	direct.expectSilence()
+	direct.send("CLIENT KILL ID " + strings.TrimPrefix(id, ":"))
+	direct.expect(":1")
 }
 
 func TestFrozenLinkHidesTheEndOfTheServer(t *testing.T) {

@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -60,8 +61,11 @@ type sidecar struct {
 type options struct {
 	program string
 	wrong   string        // the rule that it breaks, if it is built to
+	policy  string        // write_policy; "": the default
 	poll    time.Duration // journal.poll; 0: the default
 	steps   bool          // their messages to the stores can be looked at
+	query   time.Duration // postgres.timeout; 0: storeWait
+	patient bool          // they wait for the stores as long as a busy machine may take, for no store is to be down
 }
 
 // newCluster starts sidecars in phases.
@@ -105,18 +109,21 @@ func (s *sidecar) configure(c *cluster, phase string) {
 	s.mu.Lock()
 	s.phase = phase
 	s.mu.Unlock()
+	wait, dial, query := redisWait, redisDial, cmp.Or(s.query, storeWait)
+	if s.patient {
+		wait, dial, query = patientWait, patientWait, patientWait
+	}
 	text := fmt.Sprintf(`
 listen: {address: %q}
 observe: {address: %q}
 admin: {address: ""}
-redis: {url: "redis://%s/0"}
-postgres: {url: %q}
+health: {ready_requires: all}
+redis: {url: "redis://%s/0", timeout: %v, dial_timeout: %v}
+postgres: {url: %q, timeout: %v}
 log: {level: warn}
-routes: [{name: all, match: "*", phase: %s, on_unknown: error}]
-`, s.addr, s.observe, s.toRedis.Addr(), c.pg.URLVia(s.toStore.Addr(), "app"), phase)
-	if s.poll > 0 {
-		text += fmt.Sprintf("journal: {poll: %v}\n", s.poll)
-	}
+routes: [{name: all, match: "*", phase: %s, write_policy: %s, on_unknown: error}]
+journal: {poll: %v}
+`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, phase, cmp.Or(s.policy, "any"), cmp.Or(s.poll, journalPoll))
 	// Written beside and moved into place, so that it is never read in half.
 	if err := os.WriteFile(s.config+".new", []byte(text), 0o600); err != nil {
 		s.t.Error(err)

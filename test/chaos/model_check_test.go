@@ -32,12 +32,12 @@ func TestLateReads(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var lines []line
-		if err := json.Unmarshal(text, &lines); err != nil {
+		var h history
+		if err := json.Unmarshal(text, &h); err != nil {
 			t.Fatal(err)
 		}
 		var ops []porcupine.Operation
-		for _, l := range lines {
+		for _, l := range h.Commands {
 			op := porcupine.Operation{ClientId: l.Client, Input: input{l.Verb, l.Arg, l.How, l.Forgetful, l.Uncounted},
 				Call: int64(l.From * 1e6), Output: output{l.Got != "?", l.Got}, Return: int64(l.To * 1e6)}
 			if l.To < 0 {

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -9,18 +10,23 @@ import (
 	"time"
 
 	"cacheproxy/internal/testenv"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // nemesis does harm until r.stop, and has mended it all when it returns. It counts what it did.
 type nemesis struct {
 	name string
-	// apart: while it is at work a sidecar may not reach Redis, so that others may miss what is written through it (exception (a) of P3).
+	// apart: while it is at work a sidecar may not reach Redis while others do, so that they may miss what is written through it (exception (a) of P3). That is so
+	// too where all lose it at once: they do not find out at the same moment that it is back.
 	apart bool
 	// storeless: Postgres may not be reached, so that what is acknowledged stands in Redis alone (exception (b)).
 	storeless bool
 	// forgets: Redis forgets keys all the time.
 	forgets bool
-	do      func(r *run, rng *rand.Rand)
+	// once: it ends by itself, and the run with it.
+	once bool
+	do   func(r *run, rng *rand.Rand)
 }
 
 // sleep waits between min and max. false: it is over.
@@ -35,8 +41,11 @@ func (r *run) sleep(rng *rand.Rand, min, max time.Duration) bool {
 
 const ms = time.Millisecond
 
+// calm is the nemesis that does no harm.
+const calm = "nothing"
+
 var nemeses = []nemesis{
-	{name: "nothing", do: func(r *run, _ *rand.Rand) { <-r.stop }},
+	{name: calm, do: func(r *run, _ *rand.Rand) { <-r.stop }},
 	{name: "evict", do: func(r *run, rng *rand.Rand) {
 		c := client(r.c.redis().Addr())
 		defer c.Close()
@@ -146,6 +155,12 @@ var nemeses = []nemesis{
 	{name: "cut from postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
 		r.links(rng, func(s *sidecar) *testenv.Link { return s.toStore })
 	}},
+	{name: "half-open redis", apart: true, do: func(r *run, rng *rand.Rand) {
+		r.halfOpen(rng, func(s *sidecar) *testenv.Link { return s.toRedis })
+	}},
+	{name: "half-open postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
+		r.halfOpen(rng, func(s *sidecar) *testenv.Link { return s.toStore })
+	}},
 	{name: "flush", do: func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 50*ms, 200*ms) {
 			r.flush(rng)
@@ -183,6 +198,17 @@ func (r *run) links(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
 	}
 }
 
+// halfOpen loses for a while what one sidecar says, or what it is answered; its connections lead nowhere from then on, and nobody is told.
+func (r *run) halfOpen(rng *rand.Rand, of func(*sidecar) *testenv.Link) {
+	for r.sleep(rng, 100*ms, 500*ms) {
+		l := of(r.c.sidecars[rng.IntN(len(r.c.sidecars))])
+		l.Drop(rng.IntN(2) == 0)
+		r.sleep(rng, 50*ms, 900*ms)
+		l.Heal()
+		r.faults.Add(1)
+	}
+}
+
 // forgotten notes what Redis may have lost since from, where it alone holds what was written.
 func (r *run) forgotten(from int64, keys ...*key) {
 	if r.redisAlone {
@@ -204,47 +230,54 @@ func (r *run) must(err error) {
 }
 
 // step moves the fleet by one phase, sidecar by sidecar.
-func (r *run) step(rng *rand.Rand, phase string) bool {
+func (r *run) step(rng *rand.Rand, phase string) {
 	for _, i := range rng.Perm(len(r.c.sidecars)) {
 		s := r.c.sidecars[i]
 		s.configure(r.c, phase)
 		soon(r.t, "the sidecar serves "+phase, s.serves)
 		r.faults.Add(1)
-		if !r.sleep(rng, 20*ms, 200*ms) {
-			return false
-		}
+		r.sleep(rng, 20*ms, 200*ms)
 	}
-	return true
 }
 
 // journey moves the fleet through all phases and back while clients go on. Before drain what only the store has is read, and so promoted; before phase0 what only
 // Redis has is touched, and so copied into the store: what migrate and migrate --reverse are for.
-var journey = nemesis{name: "phases", do: func(r *run, rng *rand.Rand) {
-	for {
-		for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
-			switch phase {
-			case "drain":
-				r.each("GET")
-				r.each("GET") // what was just being loaded by another was not promoted
-			case "phase0":
-				r.each("EXPIRE", long)
-			}
-			if !r.step(rng, phase) {
-				return
-			}
+var journey = nemesis{name: "phases", once: true, do: func(r *run, rng *rand.Rand) {
+	for _, phase := range []string{"phase1", "phase2", "drain", "phase3", "drain", "phase2", "phase1", "phase0"} {
+		switch phase {
+		case "drain":
+			r.each(r.names(), "GET")
+			r.each(r.names(), "GET") // what was just being loaded by another was not promoted
+		case "phase0":
+			r.each(append(r.names(), r.lives.lasting()...), "EXPIRE", long)
+		}
+		r.step(rng, phase)
+		r.sleep(rng, 500*ms, time.Second)
+		if r.t.Failed() {
+			return
 		}
 	}
 }}
 
+// names are those of all keys that there have been.
+func (r *run) names() (names []string) {
+	for _, k := range r.all() {
+		names = append(names, k.name)
+	}
+	return names
+}
+
 // each says a command about every key.
-func (r *run) each(name string, args ...any) {
+func (r *run) each(names []string, command string, args ...any) {
 	c := client(r.c.sidecars[0].addr)
 	defer c.Close()
-	for _, k := range r.all() {
-		for {
-			if err := c.Do(context.Background(), append([]any{name, k.name}, args...)...).Err(); err == nil || err.Error() == "redis: nil" {
-				break
+	for _, name := range names {
+		soon(r.t, command+" "+name, func() error {
+			err := c.Do(context.Background(), append([]any{command, name}, args...)...).Err()
+			if errors.Is(err, redis.Nil) {
+				err = nil
 			}
-		}
+			return err
+		})
 	}
 }

@@ -127,6 +127,7 @@ func forgotten(x *stepped) {
 
 // restarted lets the sidecar meet a Redis with an older memory, when it starts.
 func restarted(x *stepped) {
+	x.must(say("SET {} 8")(x))
 	x.stored("8")
 	x.a.kill()
 	x.raw("SET", x.key, "5")
@@ -197,7 +198,7 @@ func TestCrashAtEachStep(t *testing.T) {
 	for _, phase := range []string{"phase0", "phase1", "phase2", "drain"} {
 		t.Run(phase, func(t *testing.T) {
 			t.Parallel()
-			c := newCluster(t, options{program: program, steps: true, poll: 100 * ms}, phase, phase)
+			c := newCluster(t, options{program: program, steps: true, patient: true, poll: 100 * ms}, phase, phase)
 			died := map[testenv.Step]int{}
 			tries := 0
 			try := func(d deed, is func(testenv.Step) bool) bool {
@@ -264,9 +265,6 @@ func crash(t *testing.T, c *cluster, d deed, key string, is func(testenv.Step) b
 	if d.alone {
 		x.b.kill()
 	}
-	if d.name == "a start beside an older memory" {
-		x.must(say("SET {} 8")(x))
-	}
 	if d.prepare != nil {
 		d.prepare(x)
 	}
@@ -289,11 +287,11 @@ func crash(t *testing.T, c *cluster, d deed, key string, is func(testenv.Step) b
 	})
 	acknowledged := make(chan bool, 1)
 	go func() { acknowledged <- d.do(x) == nil }()
-	var told bool
+	var told, ended bool
 	for waiting := true; waiting; {
 		select {
 		case told = <-acknowledged:
-			waiting = false
+			waiting, ended = false, true
 		case <-time.After(5 * ms):
 			mu.Lock()
 			waiting = !fired // what waits for a repair that died waits in vain
@@ -303,12 +301,18 @@ func crash(t *testing.T, c *cluster, d deed, key string, is func(testenv.Step) b
 	x.a.steps.At(nil)
 	mu.Lock()
 	defer mu.Unlock()
+	if !ended && !d.alone {
+		told = <-acknowledged // or the answer was faster than death
+	}
 	if fired {
 		died[at]++
 		x.a.start()
 	}
 	if d.alone {
 		x.b.start()
+		if !ended {
+			<-acknowledged // by whoever has done it in its place
+		}
 	}
 
 	// What it left: done or not, and not first the one and then the other.

@@ -53,7 +53,6 @@ type traffic struct {
 	seed   uint64
 	began  time.Time
 	stop   chan struct{}
-	count  atomic.Uint64 // of values: no two are equal
 
 	forgetful, uncounted bool // as in input
 
@@ -71,8 +70,9 @@ type traffic struct {
 func (tr *traffic) now() int64 { return int64(time.Since(tr.began)) }
 
 // key returns one that is in use.
-func (tr *traffic) key(rng *rand.Rand) *key {
-	i := rng.IntN(slots)
+func (tr *traffic) key(rng *rand.Rand) *key { return tr.keyAt(rng.IntN(slots)) }
+
+func (tr *traffic) keyAt(i int) *key {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	k := tr.at[i]
@@ -112,32 +112,49 @@ func (tr *traffic) conns() (conns []*redis.Client) {
 	return conns
 }
 
+// drawn is what a client is to do: all that chance decides of it.
+type drawn struct {
+	sidecar, slot, other int    // other: the key that MSET sets too
+	p                    int    // which command, in percent
+	value                string // no two are equal, nor after some INCR
+	rest                 time.Duration
+}
+
+// draw depends on nothing but the seed, how often it was called, and how many sidecars there are: never on what a client was told.
+func draw(rng *rand.Rand, n, i, sidecars int) drawn {
+	return drawn{sidecar: rng.IntN(sidecars), slot: rng.IntN(slots), other: rng.IntN(slots), p: rng.IntN(100), value: fmt.Sprint(n*1_000_000_000 + 50*i),
+		rest: time.Duration(1+rng.IntN(5)) * ms}
+}
+
+// clientRand is that of a client.
+func clientRand(seed uint64, n int) *rand.Rand { return rand.New(rand.NewPCG(seed, uint64(n))) }
+
 // client is one client's life.
 func (tr *traffic) client(n int) {
-	rng := rand.New(rand.NewPCG(tr.seed, uint64(n)))
+	rng := clientRand(tr.seed, n)
 	conns := tr.conns()
 	defer func() {
 		for _, c := range conns {
 			c.Close()
 		}
 	}()
-	for {
+	for i := 0; ; i++ {
 		select {
 		case <-tr.stop:
 			return
 		default:
 		}
-		if !tr.command(n, rng, conns[rng.IntN(len(conns))]) {
-			time.Sleep(time.Duration(1+rng.IntN(5)) * time.Millisecond) // a refused client that does not breathe only spins
+		d := draw(rng, n, i, len(conns))
+		if !tr.command(n, d, conns[d.sidecar]) {
+			time.Sleep(d.rest) // a refused client that does not breathe only spins
 		}
 	}
 }
 
 // command does one thing. false: it was refused.
-func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
+func (tr *traffic) command(n int, d drawn, c *redis.Client) bool {
 	ctx := context.Background()
-	k := tr.key(rng)
-	value := fmt.Sprint(tr.count.Add(1))
+	k, value := tr.keyAt(d.slot), d.value
 	if !k.numbers {
 		value = "v" + value + "."
 	}
@@ -145,7 +162,7 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 	in := []input{{}}
 	keys := []*key{k}
 	tx := false
-	switch p := rng.IntN(100); {
+	switch p := d.p; {
 	case p < 45:
 		args, in[0] = []any{"GET", k.name}, input{verb: get}
 	case p < 57:
@@ -170,7 +187,7 @@ func (tr *traffic) command(n int, rng *rand.Rand, c *redis.Client) bool {
 		tx = true
 		in[0] = input{verb: swap, arg: value, how: "MULTI"}
 	default:
-		other := tr.key(rng)
+		other := tr.keyAt(d.other)
 		args, in[0] = []any{"MSET", k.name, value}, input{verb: set, arg: value, how: "MSET"}
 		if other != k && other.numbers == k.numbers {
 			args = append(args, other.name, value)
