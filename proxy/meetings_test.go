@@ -322,6 +322,34 @@ func TestAvoidedCopyMayBeMarked(t *testing.T) {
 	store.lock.Store(nil)
 }
 
+// Both journals name one of two keys that are asked for together, and the one in Postgres cannot be asked what it says now. That is nothing to the other key.
+func TestMarkedKeyIsNothingToOthers(t *testing.T) {
+	w := newWorld(t)
+	store := &polled{}
+	s := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase1)}, store: func(s proxy.Store) proxy.Store { store.Store = s; return store }})
+	c := s.dial(t)
+	c.want("+OK", "MSET", "k", "old", "other", "v")
+	fail := func() error { return errors.New("not now") }
+	store.lock.Store(&fail) // it repairs nothing
+	store.last.Store(&proxy.StorePoll{Now: time.Now(), Intents: []proxy.Intent{{ID: 1 << 40, Refs: []policy.Ref{{Route: "all", Key: "k"}, {Route: "all", Key: "other"}}}}})
+	w.until("it knows the entry", func() bool { return s.srv.Stats(t.Context()).Journal.RedisStale > 0 })
+	w.raw.want(":1", "HSET", "cacheproxy:journal", "k", "other.1")
+	store.poll.Store(&fail)
+	c.want("v", "GET", "other")
+	if _, err := c.Write([]byte("*2\r\n$3\r\nGET\r\n$1\r\nk\r\n*2\r\n$3\r\nGET\r\n$5\r\nother\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.reply(); !strings.HasPrefix(got, "-UNAVAILABLE") {
+		t.Errorf("the key that both journals name is answered with %q", got)
+	}
+	if got := c.reply(); got != "v" {
+		t.Errorf("the other is answered with %q", got)
+	}
+	store.poll.Store(nil)
+	store.last.Store(nil)
+	store.lock.Store(nil)
+}
+
 // What a repair has deleted in Redis is lost in a failover, though the row is old: the strike has made it young.
 func TestRepairedRowsAreYoung(t *testing.T) {
 	w := newWorld(t, "--save", "100000 1000000", "--dbfilename", "old.rdb")
