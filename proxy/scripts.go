@@ -373,6 +373,19 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 
+	// scriptFlush empties Redis, and keeps readers from promoting until scriptOpen (see scriptGrant). The two must be one step, and two commands are none, not
+	// even in one packet: since 7.4 a client waits for its FLUSHALL like one for a list, and others are served meanwhile.
+	//
+	//	1 FLUSHALL empties Redis    2 a reader takes the lease and reads a row    3 closedName is set, the rows are dead, FLUSHALL is answered, Redis is open
+	//	4 the reader, whose lease has outlived all this, promotes the row
+	//
+	// MULTI would be refused by a Redis that has no memory left. A script that has written is not. ARGV: value, ms, the command. Answers what the command said, and
+	// what SET did.
+	scriptFlush = newScript("flush", `
+local r = redis.pcall(unpack(ARGV, 3))
+if type(r) == 'table' and r['err'] then return r end
+return {r, redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])}`)
+
 	// scriptOpen ends what closedName began. ARGV: its value.
 	scriptOpen = newScript("open", `
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
