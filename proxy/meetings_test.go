@@ -589,16 +589,31 @@ func TestExecLeavesAMarkedKeyInRedis(t *testing.T) {
 	}
 }
 
-// Postgres forgot in a crash that it had given a number, and gives it again.
+// Postgres forgot in a crash that it had given a number, and gives it again. Whatever a command says to Redis first must find that out.
 func TestNumberIsGivenTwice(t *testing.T) {
-	w := newWorld(t)
-	c := w.sidecar(policy.Phase1).dial(t)
-	c.want("+OK", "SET", "k", "1")
-	next := number(":"+w.sql("SELECT last_value FROM cacheproxy.fence")) + 1
-	w.raw.want("+OK", "SET", "cacheproxy:lease:k:{k}", w.sql("SELECT $1::bigint || ':0:'", next), "PX", "60000")
-	c.want("+OK", "SET", "k", "2")
-	lease, _, _ := strings.Cut(w.raw.do("GET", "cacheproxy:lease:k:{k}"), ":")
-	if got := number(":" + lease); got <= next {
-		t.Errorf("the writer took number %d, which is another's", got)
+	for _, phase := range []policy.Phase{policy.Phase1, policy.Phase2} {
+		for _, cmd := range []string{"SET k 2", "INCR k", "SETRANGE k 0 2", "MULTI"} {
+			t.Run(phase.String()+"/"+cmd, func(t *testing.T) {
+				w := newWorld(t)
+				c := w.sidecar(phase).dial(t)
+				c.want("+OK", "SET", "k", "1")
+				if cmd == "MULTI" {
+					c.want("+OK", "MULTI")
+					c.want("+QUEUED", "INCR", "k")
+				}
+				next := number(":"+w.sql("SELECT last_value FROM cacheproxy.fence")) + 1
+				w.raw.want("+OK", "SET", "cacheproxy:lease:k:{k}", w.sql("SELECT $1::bigint || ':0:'", next), "PX", "60000")
+				if cmd == "MULTI" {
+					c.want("[:2]", "EXEC")
+				} else if got := c.do(strings.Fields(cmd)...); strings.HasPrefix(got, "-") {
+					t.Error(got)
+				}
+				c.want("2", "GET", "k")
+				lease, _, _ := strings.Cut(w.raw.do("GET", "cacheproxy:lease:k:{k}"), ":")
+				if got := number(":" + lease); got <= next {
+					t.Errorf("the writer took number %d, which is another's", got)
+				}
+			})
+		}
 	}
 }

@@ -1076,7 +1076,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 	}
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
-		rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
+		written, err := e.up.script(ctx, scriptWrite, keys, argv...)
 		if err != nil {
 			// If it ran all the same, its mark stands in Redis, and the polls find it there.
 			e.journal.forgetMarks(dirty, version)
@@ -1084,10 +1084,11 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			w.redisRefused(opsOf(outcomes), err, true)
 			return
 		}
-		for _, r := range rs {
+		for _, r := range written {
 			if r.code != keyDone {
 				// Somebody without the lock was faster (phase3, or cut off from Postgres): compute again.
 				e.journal.forgetMarks(dirty, version)
+				e.lift(ctx, tx, written)
 				again = append(again, opsOf(outcomes)...)
 				return
 			}
