@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -395,8 +394,7 @@ func (e *engine) flush(raw []byte) []byte {
 		}
 		conn := newRunConn(l)
 		sentIt = true
-		// In one packet, which Redis works off before it turns to others. MULTI would be refused by a Redis that has no memory left.
-		fs, err := conn.ask(appendCommand(slices.Clone(raw), closes(closing)...), 2, flushTime)
+		fs, err := conn.ask(appendCommand(nil, append([]string{"EVAL", scriptFlush.body, "1", closedName, closing, closedMS}, argvOf(raw)...)...), 1, flushTime)
 		if err != nil {
 			e.up.abandon(conn.link)
 			conn.Close() //nolint:errcheck // given up
@@ -404,7 +402,15 @@ func (e *engine) flush(raw []byte) []byte {
 			return nil // it may run yet: the rows must be dead then
 		}
 		conn.Close() //nolint:errcheck // it has answered
-		reply = fs[0]
+		ran, ok := elements(fs[0], nil)
+		if !ok || len(ran) != 2 {
+			reply = fs[0]
+			return errorOf(reply)
+		}
+		if isError(ran[1]) {
+			return nil // it has run, and readers may promote what it was to end
+		}
+		reply = ran[0]
 		return errorOf(reply)
 	})
 	e.reopen(ctx, closing, err)
@@ -425,7 +431,17 @@ func (e *engine) flush(raw []byte) []byte {
 	return unavailable(nil, "redis cannot be reached").reply(nil)
 }
 
-// closes is the command that keeps readers from promoting, until reopen.
+// argvOf are the words of a command.
+func argvOf(raw []byte) (argv []string) {
+	words, _ := elements(raw, nil)
+	for _, w := range words {
+		b, _ := bulk(w)
+		argv = append(argv, string(b))
+	}
+	return argv
+}
+
+// closes is the command by which a transaction that has emptied Redis keeps readers from promoting, until reopen.
 func closes(value string) []string { return []string{"SET", closedName, value, "PX", closedMS} }
 
 // reopen lets readers promote again after a fence that ended with err. If its fate is unknown the rows may die yet, and it stays closed until that can no longer be.

@@ -559,12 +559,13 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 		early[i] = f.joined(l)
 	}
 	marked, polled := f.markedSince(ctx, loads, keys)
-	rows, err := e.store.load(ctx, refs)
-	if err == nil {
-		err = polled
-	}
+	rows, gone := e.store.load(ctx, refs)
 	others := f.otherTypes(ctx, loads, keys, rows)
 	for i, l := range loads {
+		err := gone
+		if err == nil && marked[i] { // what is not marked does not depend on that poll
+			err = polled
+		}
 		switch {
 		case marked[i] && err == nil:
 			f.beginAgain(l)

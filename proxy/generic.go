@@ -695,7 +695,7 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 
 	var reqs [][]byte
 	if st.queued != nil {
-		load := appendCommand(nil, append(append([]string{"EVAL", scriptLoad.body}, st.scriptArgs(all(len(st.keys)))...), argv...)...)
+		load := appendCommand(nil, append(append([]string{"EVAL", scriptLoad.body}, st.scriptArgs(all(len(st.keys)))...), append(argv, "own")...)...)
 		reqs = append(reqs, appendCommand(nil, "DISCARD"), load, appendCommand(nil, append([]string{"WATCH"}, keys...)...), load)
 		if st.tx == nil {
 			if reply, err := r.lookAgain(ctx, st, reqs); reply != nil || err != nil {
@@ -1041,7 +1041,7 @@ func abs(n int64) int64 { return max(n, -n) }
 var (
 	// scriptLoad brings rows into Redis before a transaction that is queued there already. A copy that is right stays untouched, or a
 	// client that watches it would see it change. ARGV: number, then per key "1" if its truth is the store, its row ("0" none, "1"
-	// live, "t" tombstone), value and when it ends (ms, -1 never). Answers what Redis has then: [1] nothing, [6] something, or [7] a value
+	// live, "t" tombstone), value and when it ends (ms, -1 never); at the end "own" if the number is there already, and the caller's. Answers what Redis has then: [1] nothing, [6] something, or [7] a value
 	// that the store lacks.
 	scriptLoad = newScript("load", redisWrite, `
 local n = tonumber(ARGV[1])
@@ -1050,7 +1050,7 @@ for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local a = 2 + (i/2 - 1) * 4
   local f = get(L)
-  if n > 0 and n < f then r[#r+1] = {9, '', f, ''}
+  if n > 0 and (n < f or n == f and ARGV[#ARGV] ~= 'own') then r[#r+1] = {9, '', f, ''}
   else
     if n > 0 then put(L, n, '', 0) end
     local m = redis.call('HGET', J, K) or ''

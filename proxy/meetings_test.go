@@ -1,9 +1,13 @@
 package proxy_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
+	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -81,15 +85,123 @@ func TestFlushBesideAReader(t *testing.T) {
 	}
 }
 
-// Redis has no memory left: FLUSHALL is how one gets it back.
+// turns is a relay to Redis that does what Redis does since 7.4: when a client has said FLUSHALL, others have their turn, which is what meet does, before
+// Redis looks at what this client has sent behind it.
+func turns(t *testing.T, addr string, meet func()) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	t.Cleanup(func() { ln.Close(); all.Wait() })
+	flush := []byte("$8\r\nFLUSHALL\r\n")
+	relay := func(client, server net.Conn) {
+		defer server.Close()
+		b := make([]byte, 1<<16)
+		for {
+			n, err := client.Read(b)
+			if err != nil {
+				return
+			}
+			first := b[:n]
+			at := bytes.Index(first, flush)
+			if at >= 0 && bytes.HasSuffix(first[:at], []byte("*1\r\n")) {
+				first = first[:at+len(flush)]
+			}
+			server.Write(first) //nolint:errcheck // the next read fails
+			if at >= 0 {
+				meet()
+			}
+			server.Write(b[len(first):n]) //nolint:errcheck // the next read fails
+		}
+	}
+	all.Go(func() {
+		for {
+			client, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", addr)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			all.Go(func() { relay(client, server) })
+			all.Go(func() { defer client.Close(); io.Copy(client, server) }) //nolint:errcheck // one of them has ended
+		}
+	})
+	return ln.Addr().String()
+}
+
+// A reader takes its lease in a Redis that FLUSHALL has just emptied, and holds it until FLUSHALL has been answered.
+func TestFlushIsOneStep(t *testing.T) {
+	w := newWorld(t)
+	b, steps := w.stepped(policy.Phase1, func(o *sidecarOptions) {
+		o.change = func(cfg *proxy.ServerConfig) { cfg.Redis.Timeout = time.Minute } // the test stops it for as long as a fence takes
+	})
+	reader := b.dial(t)
+	answered, promotes, release := make(chan string, 1), make(chan bool), make(chan bool)
+	raw := dial(t, w.redis.Addr()) // meet runs in a goroutine of the relay's
+	addr := turns(t, w.redis.Addr(), func() {
+		w.until("redis is empty", func() bool { return raw.do("EXISTS", "k") == ":0" })
+		once(steps, "promote", func() { close(promotes); <-release })
+		reader.send("GET", "k")
+		go func() { answered <- reader.reply() }()
+		select {
+		case <-promotes:
+		case got := <-answered: // it has no lease, and nothing to promote
+			answered <- got
+		}
+	})
+	a := w.start(sidecarOptions{redisURL: "redis://" + addr + "/0", routes: []policy.Route{route(policy.Phase1)}}).dial(t)
+	a.want("+OK", "SET", "k", "v")
+	a.want("+OK", "FLUSHALL")
+	close(release)
+	<-answered // "v" or nil: they ran at the same time
+	w.raw.want(":0", "EXISTS", "k")
+	reader.want("(nil)", "GET", "k")
+	a.want("(nil)", "GET", "k")
+}
+
+// Redis has no memory left: FLUSHALL is how one gets it back. In a transaction Redis itself refuses it.
 func TestFlushWithoutMemory(t *testing.T) {
+	for _, cmd := range []string{"FLUSHALL", "FLUSHALL SYNC", "FLUSHDB ASYNC", "SWAPDB 0 1"} {
+		t.Run(cmd, func(t *testing.T) {
+			w := newWorld(t)
+			c := w.sidecar(policy.Phase1).dial(t)
+			c.want("+OK", "SET", "k", "v")
+			w.raw.want("+OK", "CONFIG", "SET", "maxmemory", "1")
+			for _, conn := range []*conn{w.raw, c} {
+				conn.want("+OK", "MULTI")
+				if got := conn.do(strings.Fields(cmd)...); !strings.HasPrefix(got, "-OOM") {
+					t.Errorf("%s is queued: %q", cmd, got)
+				}
+				if got := conn.do("EXEC"); !strings.HasPrefix(got, "-EXECABORT") {
+					t.Errorf("EXEC answers %q", got)
+				}
+			}
+			c.want("v", "GET", "k")
+			c.want("+OK", strings.Fields(cmd)...)
+			w.raw.want(":0", "EXISTS", "cacheproxy:closed")
+			w.raw.want("+OK", "CONFIG", "SET", "maxmemory", "0")
+			c.want("(nil)", "GET", "k")
+		})
+	}
+}
+
+// FLUSHALL answers with Redis's own words, also where they are a refusal.
+func TestFlushInRedissWords(t *testing.T) {
 	w := newWorld(t)
 	c := w.sidecar(policy.Phase1).dial(t)
 	c.want("+OK", "SET", "k", "v")
-	w.raw.want("+OK", "CONFIG", "SET", "maxmemory", "1")
-	c.want("+OK", "FLUSHALL")
-	w.raw.want("+OK", "CONFIG", "SET", "maxmemory", "0")
-	c.want("(nil)", "GET", "k")
+	for _, cmd := range []string{"FLUSHALL NOW", "FLUSHDB a b", "SWAPDB 0", "SWAPDB 0 1000", "SWAPDB x 1"} {
+		if got, want := c.do(strings.Fields(cmd)...), w.raw.do(strings.Fields(cmd)...); got != want {
+			t.Errorf("%s: %q, and Redis says %q", cmd, got, want)
+		}
+	}
+	c.want("v", "GET", "k")
+	w.raw.want("v", "GET", "k")
 }
 
 // phase3 tells the store nothing, so a sidecar in drain must not begin from a row.
@@ -322,6 +434,34 @@ func TestAvoidedCopyMayBeMarked(t *testing.T) {
 	store.lock.Store(nil)
 }
 
+// Both journals name one of two keys that are asked for together, and the one in Postgres cannot be asked what it says now. That is nothing to the other key.
+func TestMarkedKeyIsNothingToOthers(t *testing.T) {
+	w := newWorld(t)
+	store := &polled{}
+	s := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase1)}, store: func(s proxy.Store) proxy.Store { store.Store = s; return store }})
+	c := s.dial(t)
+	c.want("+OK", "MSET", "k", "old", "other", "v")
+	fail := func() error { return errors.New("not now") }
+	store.lock.Store(&fail) // it repairs nothing
+	store.last.Store(&proxy.StorePoll{Now: time.Now(), Intents: []proxy.Intent{{ID: 1 << 40, Refs: []policy.Ref{{Route: "all", Key: "k"}, {Route: "all", Key: "other"}}}}})
+	w.until("it knows the entry", func() bool { return s.srv.Stats(t.Context()).Journal.RedisStale > 0 })
+	w.raw.want(":1", "HSET", "cacheproxy:journal", "k", "other.1")
+	store.poll.Store(&fail)
+	c.want("v", "GET", "other")
+	if _, err := c.Write([]byte("*2\r\n$3\r\nGET\r\n$1\r\nk\r\n*2\r\n$3\r\nGET\r\n$5\r\nother\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.reply(); !strings.HasPrefix(got, "-UNAVAILABLE") {
+		t.Errorf("the key that both journals name is answered with %q", got)
+	}
+	if got := c.reply(); got != "v" {
+		t.Errorf("the other is answered with %q", got)
+	}
+	store.poll.Store(nil)
+	store.last.Store(nil)
+	store.lock.Store(nil)
+}
+
 // What a repair has deleted in Redis is lost in a failover, though the row is old: the strike has made it young.
 func TestRepairedRowsAreYoung(t *testing.T) {
 	w := newWorld(t, "--save", "100000 1000000", "--dbfilename", "old.rdb")
@@ -449,16 +589,31 @@ func TestExecLeavesAMarkedKeyInRedis(t *testing.T) {
 	}
 }
 
-// Postgres forgot in a crash that it had given a number, and gives it again.
+// Postgres forgot in a crash that it had given a number, and gives it again. Whatever a command says to Redis first must find that out.
 func TestNumberIsGivenTwice(t *testing.T) {
-	w := newWorld(t)
-	c := w.sidecar(policy.Phase1).dial(t)
-	c.want("+OK", "SET", "k", "1")
-	next := number(":"+w.sql("SELECT last_value FROM cacheproxy.fence")) + 1
-	w.raw.want("+OK", "SET", "cacheproxy:lease:k:{k}", w.sql("SELECT $1::bigint || ':0:'", next), "PX", "60000")
-	c.want("+OK", "SET", "k", "2")
-	lease, _, _ := strings.Cut(w.raw.do("GET", "cacheproxy:lease:k:{k}"), ":")
-	if got := number(":" + lease); got <= next {
-		t.Errorf("the writer took number %d, which is another's", got)
+	for _, phase := range []policy.Phase{policy.Phase1, policy.Phase2} {
+		for _, cmd := range []string{"SET k 2", "INCR k", "SETRANGE k 0 2", "MULTI"} {
+			t.Run(phase.String()+"/"+cmd, func(t *testing.T) {
+				w := newWorld(t)
+				c := w.sidecar(phase).dial(t)
+				c.want("+OK", "SET", "k", "1")
+				if cmd == "MULTI" {
+					c.want("+OK", "MULTI")
+					c.want("+QUEUED", "INCR", "k")
+				}
+				next := number(":"+w.sql("SELECT last_value FROM cacheproxy.fence")) + 1
+				w.raw.want("+OK", "SET", "cacheproxy:lease:k:{k}", w.sql("SELECT $1::bigint || ':0:'", next), "PX", "60000")
+				if cmd == "MULTI" {
+					c.want("[:2]", "EXEC")
+				} else if got := c.do(strings.Fields(cmd)...); strings.HasPrefix(got, "-") {
+					t.Error(got)
+				}
+				c.want("2", "GET", "k")
+				lease, _, _ := strings.Cut(w.raw.do("GET", "cacheproxy:lease:k:{k}"), ":")
+				if got := number(":" + lease); got <= next {
+					t.Errorf("the writer took number %d, which is another's", got)
+				}
+			})
+		}
 	}
 }

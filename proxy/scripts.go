@@ -232,7 +232,8 @@ for i = 2, #KEYS, 2 do
   else r[#r+1] = {4} end
 end
 return r`)
-	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock). Of a key that is absent it says
+	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock; one that is there already is another's, see
+	// scriptInvalidate). Of a key that is absent it says
 	// whether a writer has the lease, and of each the highest number.
 	scriptRead = newScript("read", redisLook, `
 local n = tonumber(ARGV[1])
@@ -240,7 +241,7 @@ local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local f, t = get(L)
-  if n > 0 and n < f then r[#r+1] = {9, '', f}
+  if n > 0 and n <= f then r[#r+1] = {9, '', f}
   else
     if n > f then put(L, n, '', 0); f = n end
     local m = redis.call('HGET', J, K) or ''
@@ -272,7 +273,7 @@ local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local f, t = get(L)
-  if n > 0 and n < f then r[#r+1] = {9, '', f}
+  if n > 0 and n <= f then r[#r+1] = {9, '', f}
   else
     if n > f then put(L, n, '', 0) end
     local m = redis.call('HGET', J, K) or ''
@@ -288,6 +289,8 @@ return r`)
 	//
 	//	1 cut off from Postgres, we read that k is absent, and marked as deleted    2 others repair it, write it, delete it, and that row is the truth
 	//	3 we write what we have computed from what is long gone
+	//
+	// A caller that compares has brought its number before, with scriptRead; of any other one that is there already is not its own.
 	scriptWrite = newScript("write", redisWrite, `
 local n = tonumber(ARGV[1])
 local r, ok = {}, true
@@ -297,7 +300,7 @@ for i = 2, #KEYS, 2 do
   local a = 4 + (i/2 - 1) * 7
   local want = ARGV[a+4]
   local c = string.sub(want, 1, 1)
-  if n > 0 and n < f then r[#r+1] = {9, '', f}; ok = false
+  if n > 0 and (n < f or n == f and c ~= 't' and tonumber(ARGV[a+6]) ~= n) then r[#r+1] = {9, '', f}; ok = false
   elseif c == 't' then
     if t == string.sub(want, 2) then r[#r+1] = {1} else r[#r+1] = {10}; ok = false end
   elseif c ~= '' then
@@ -376,6 +379,19 @@ for i = 2, #KEYS, 2 do
   r[#r+1] = {1}
 end
 return r`)
+
+	// scriptFlush empties Redis, and keeps readers from promoting until scriptOpen (see scriptGrant). The two must be one step, and two commands are none, not
+	// even in one packet: since 7.4 a client waits for its FLUSHALL like one for a list, and others are served meanwhile.
+	//
+	//	1 FLUSHALL empties Redis    2 a reader takes the lease and reads a row    3 closedName is set, the rows are dead, FLUSHALL is answered, Redis is open
+	//	4 the reader, whose lease has outlived all this, promotes the row
+	//
+	// MULTI would be refused by a Redis that has no memory left. A script that has written is not. ARGV: value, ms, the command. Answers what the command said, and
+	// what SET did.
+	scriptFlush = newScript("flush", redisCommand, `
+local r = redis.pcall(unpack(ARGV, 3))
+if type(r) == 'table' and r['err'] then return r end
+return {r, redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])}`)
 
 	// scriptOpen ends what closedName began. ARGV: its value.
 	scriptOpen = newScript("open", redisCommand, `

@@ -570,6 +570,9 @@ func (s *session) clientReply(sl *slot) {
 
 // fences: the command empties or exchanges the database that routes apply to, and a store has copies of what is there.
 func (s *session) fences(sl *slot) bool {
+	if foldEqual(sl.args[0], "swapdb") && len(sl.args) != 3 {
+		return false // Redis refuses it, in words that it has not for scripts
+	}
 	return sl.class == policy.Flush && s.e.storeInUse() && (s.atHome() || !foldEqual(sl.args[0], "flushdb"))
 }
 

@@ -1164,7 +1164,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 	named := locked && len(keys) > 0 && e.entryNames(ctx, tx, g.refs())
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
-		rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
+		written, err := e.up.script(ctx, scriptWrite, keys, argv...)
 		if err != nil {
 			// If it ran all the same, its mark stands in Redis, and the polls find it there.
 			e.journal.forgetMarks(dirty, version)
@@ -1172,10 +1172,11 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			w.redisRefused(opsOf(outcomes), err, true)
 			return
 		}
-		for _, r := range rs {
+		for _, r := range written {
 			if r.code != keyDone {
 				// Somebody without the lock was faster (phase3, or cut off from Postgres): compute again.
 				e.journal.forgetMarks(dirty, version)
+				e.lift(ctx, tx, written)
 				again = append(again, opsOf(outcomes)...)
 				return
 			}

@@ -68,7 +68,7 @@ func (m *model) lose(n *state, s int) {
 // words tells a trace what a script has answered.
 func words(a answer) string {
 	var list = [...]string{done: "done", marked: "marked", granted: "granted", held: "held by another", leaseLost: "the lease was lost",
-		6: "", value: "a value", absentNow: "known to be absent", refused: "refused", changed: "changed"}
+		6: "no string", value: "a value", absentNow: "known to be absent", refused: "refused", changed: "changed"}
 	for k := range maxKeys {
 		if a.code[k] != 0 && a.code[k] != done {
 			return list[a.code[k]]

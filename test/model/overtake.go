@@ -53,7 +53,7 @@ func (m *model) overtake(st *state, s int) {
 	case write2:
 		before := *st
 		m.keepMarks(&before, s, c.dirty, ver)
-		p := script{kind: scriptWrite, keys: c.dirty, num: c.num, ver: ver, arg: c.now, exp: c.nex, want: c.want}
+		p := script{kind: scriptWrite, keys: c.dirty, num: c.num, ver: ver, arg: c.now, exp: c.nex, want: c.want, looked: op.looks()}
 		if op.looks() && !m.rules.ValueOnly {
 			p.compares, p.wmark, p.wnum = true, c.wmark, c.wnum
 		}

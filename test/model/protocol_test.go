@@ -34,7 +34,10 @@ var families = []worlds{
 	{name: "a restart", phases: []string{"01", "11"}, letters: "SDG", total: 2, faults: Faults{Restart: 1}, change: []func(*Config){letter}},
 	{name: "a failover", phases: []string{"01", "11"}, letters: "SDG", total: 2, faults: Faults{Failover: 1}, change: []func(*Config){letter}},
 	{name: "the clock", phases: []string{"11"}, letters: "SD", total: 1, faults: Faults{Failover: 1, Hours: 1, RedisLink: 1}, change: []func(*Config){letter}},
-	{name: "a crash of Postgres", phases: []string{"11"}, letters: "SD", total: 2, most: 2, faults: Faults{PgCrash: 1, Forgets: true}},
+	{name: "a crash of Postgres", phases: []string{"11"}, letters: "SDX", total: 2, most: 2, faults: Faults{PgCrash: 1, Forgets: true}},
+	{name: "a crash of Postgres beside phase0", phases: []string{"01"}, letters: "SDR", total: 1, most: 2, faults: Faults{PgCrash: 1, Forgets: true}},
+	{name: "a crash of Postgres and what only Redis can run", phases: []string{"11"}, letters: "SR", total: 2, most: 2, faults: Faults{PgCrash: 1, Forgets: true}},
+	{name: "a crash of Postgres where Redis is the truth", phases: []string{"12", "22"}, letters: "SDXR", total: 1, most: 2, faults: Faults{PgCrash: 1, Forgets: true}},
 	{name: "two links", phases: []string{"11"}, letters: "SD", total: 1, faults: Faults{RedisLink: 1, PgLink: 1}},
 	{name: "TTLs", phases: []string{"01", "11", "22"}, letters: "PEGA", total: 2, change: []func(*Config){mortal, letter}},
 	{name: "TTLs and a failover", phases: []string{"11"}, letters: "PE", total: 1, most: 1, // beyond, what EXPIRE answers may tell of a write that is not acknowledged yet

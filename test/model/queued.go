@@ -63,7 +63,7 @@ func (m *model) queued(st *state, s int) {
 // scriptLoad brings a row into Redis. arg is the row.
 func (m *model) scriptLoad(st *state, c script, k int, a *answer) {
 	r := &st.r
-	if c.num > 0 && m.low(st, c, k) {
+	if c.num > 0 && (m.low(st, c, k) || m.twice(st, c, k)) {
 		a.one(k, refused, 0, 0)
 		return
 	}

@@ -14,6 +14,7 @@ type script struct {
 	wmark    [maxKeys]int8
 	wnum     [maxKeys]int8
 	compares bool  // the mark and the number too
+	looked   bool  // the number is there already, by an earlier script of the same command
 	touched  uint8 // of scriptRun: leases that have changed since they are watched
 }
 
@@ -109,6 +110,11 @@ func (m *model) low(st *state, c script, k int) bool {
 	return c.num < st.r.num[k] && !m.rules.NoNumbers
 }
 
+// twice: the script brings a number that Redis has already, and not from it: Postgres gave it twice, having forgotten it in a crash.
+func (m *model) twice(st *state, c script, k int) bool {
+	return c.num > 0 && c.num == st.r.num[k] && !m.rules.EqualNumbers
+}
+
 // put sets the lease of k. Whoever watches it knows.
 func (st *state) put(k int, num, tok int8) {
 	st.r.num[k], st.r.tok[k] = num, tok
@@ -169,7 +175,7 @@ func (m *model) executeKey(st *state, c script, k int, a *answer) {
 	case scriptFill:
 		m.scriptFill(st, c, k, a)
 	case scriptRead:
-		if c.num > 0 && m.low(st, c, k) {
+		if c.num > 0 && (m.low(st, c, k) || m.twice(st, c, k)) {
 			a.one(k, refused, 0, 0)
 			return
 		}
@@ -260,8 +266,7 @@ func (m *model) scriptAbsent(st *state, c script, k int, a *answer) {
 func (m *model) scriptInvalidate(st *state, c script, k int, a *answer) {
 	r := &st.r
 	switch {
-	case m.low(st, c, k),
-		!m.rules.EqualNumbers && c.num == r.num[k]:
+	case m.low(st, c, k), m.twice(st, c, k):
 		a.one(k, refused, 0, 0)
 	case r.mark[k] != 0:
 		a.one(k, marked, 0, 0)
@@ -315,7 +320,7 @@ func (m *model) agrees(st *state, c script, a *answer) bool {
 		}
 		a.one(k, done, 0, 0)
 		switch {
-		case c.num > 0 && m.low(st, c, k):
+		case c.num > 0 && m.low(st, c, k), c.tok == 0 && !c.looked && m.twice(st, c, k):
 			a.one(k, refused, 0, 0)
 			ok = false
 		case c.tok != 0 && st.r.tok[k] != c.tok,
