@@ -365,11 +365,6 @@ func (r *run) judge(length time.Duration) (o outcome) {
 	close(r.stop)
 	wg.Wait()
 	r.c.ready(r.t)
-	if r.fleet.name == strict { // nothing waits for a repair in Redis alone
-		if _, err := ask(r.c.redis(), "FLUSHALL"); err != nil {
-			r.t.Error(err)
-		}
-	}
 	o.repaired = r.c.journals(r.t)
 	o.unrepaired = r.c.unrepaired(r.t)
 	r.last()
