@@ -144,6 +144,9 @@ func TestCounts(t *testing.T) {
 		{"lifted numbers", countsLiftedNumbers},
 		{"reads and clients", countsReadsAndClients},
 		{"timings", countsTimings},
+		{"mismatches", countsMismatches},
+		{"what is not compared", countsWhatIsNotCompared},
+		{"keys without a row", countsKeysWithoutARow},
 	}
 	for _, c := range tests {
 		t.Run(c.name, func(t *testing.T) {

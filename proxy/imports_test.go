@@ -25,6 +25,7 @@ var may = map[string][]string{
 	"internal":          {"policy", "proxy", "internal/"},
 	"cmd":               {"policy", "proxy", "fallback", "internal/", ""},
 	"test/bench":        {"internal/devserver"},
+	"test/deploy":       {"internal/devserver", "internal/testenv"},
 	"test/model":        {"std", "policy"},
 	"test/clients":      {"test/clients/step"}, // they are somebody else's programs
 }

