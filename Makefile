@@ -21,7 +21,7 @@ SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 COVERED      := policy fallback proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help run build image test clients k8s compose soak chaos model bench compare lint fuzz deps clean
+.PHONY: help run build image test clients k8s compose soak chaos journey model bench compare lint fuzz deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +38,10 @@ image: ## build the container image for amd64 and arm64 in dist/image, without a
 # Tests talk to real servers, whose state Go's test cache does not see: hence -count=1. The exit code goes through a file
 # because a pipe in a POSIX shell answers with the code of its last command. The model explores in one goroutine, where the
 # race detector finds nothing and makes it ten times slower.
-test: ## run every test but soak and chaos, with the race detector; policy, fallback and proxy must be covered
+test: ## run every test but soak, chaos and the journey, with the race detector; policy, fallback and proxy must be covered
 	@sh scripts/install-deps.sh test
 	@rm -f coverage.txt coverage.status
-	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos -e /test/model) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
+	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos -e /test/model -e /test/journey) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
 	@test "$$(cat coverage.status)" = 0
 	@for name in $(COVERED); do \
 		awk -v name=$$name -v min=$(MIN_COVERAGE) ' \
@@ -79,6 +79,11 @@ soak: ## run 200 clients with random lives through the built proxy for SOAK, suc
 chaos: ## several sidecars under faults for CHAOS, such as 1h; what clients were told is checked for linearizability
 	@sh scripts/install-deps.sh
 	CHAOS=$(CHAOS) $(GO) test -v -count=1 -timeout=0 ./test/chaos
+
+# Alone, too.
+journey: ## a table of 200,000 rows goes from a column to Redis while readers and 500 writes a second never stop; four minutes
+	@sh scripts/install-deps.sh
+	$(GO) test -v -count=1 -timeout=20m ./test/journey
 
 model: ## explore the model of the protocols, without the race detector, and go on for MODEL, such as 1h
 	MODEL=$(MODEL) $(GO) test -tags longer -v -count=1 -timeout=0 ./test/model

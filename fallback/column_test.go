@@ -722,6 +722,29 @@ func TestColumnSweep(t *testing.T) {
 	expectStands(t, s, "LA", "report:1", "report:9")
 }
 
+// What speaks against a step is looked for in the column too.
+func TestColumnStanding(t *testing.T) {
+	t.Parallel()
+	for _, expires := range []string{"", "ends"} {
+		c := reports(t)
+		c.Expires = expires
+		s := openColumns(t, `CREATE TABLE public.reports (id bigint PRIMARY KEY, title text, analytics_cache jsonb, ends timestamptz);
+			INSERT INTO reports (id, analytics_cache) SELECT i, CASE WHEN i % 2 = 0 THEN '0'::jsonb END FROM generate_series(1, 3000) i`, c)
+		got, err := s.Standing(testContext(t), "legacy", 3)
+		must(t, err)
+		if fmt.Sprint(got.Keys) != "[report:2 report:4 report:6]" || got.Longest != 0 {
+			t.Errorf("%+v", got)
+		}
+		write(t, s, lasting(put(one("report:2"), "2"), policy.ExpiresIn, 7_200_000), lasting(put(one("report:4"), "4"), policy.ExpiresAt, 1000), put(one("report:6"), "6"))
+		if got, err = s.Standing(testContext(t), "legacy", 2000); err != nil || len(got.Keys) != 1499 || got.Longest < time.Hour || got.Longest > 3*time.Hour {
+			t.Errorf("%d keys, the longest life is %v, %v", len(got.Keys), got.Longest, err)
+		}
+		if got, err = s.Standing(testContext(t), "legacy", -1); err != nil || len(got.Keys) > 0 || got.Longest != 0 {
+			t.Errorf("without rows: %+v, %v", got, err)
+		}
+	}
+}
+
 func TestColumnPage(t *testing.T) {
 	t.Parallel()
 	c := Column{Route: "legacy", Table: "reports", Keys: []string{"tenant", "id"}, Value: "v", Template: template(t, "u:{tenant}:{id}")}

@@ -112,3 +112,35 @@ func (s *Store) columnEstimate(ctx context.Context, c *column) (n int64, err err
 	})
 	return n, err
 }
+
+// longest asks for the longest life that a row has left, among standingLooked of the rows that know one.
+func (c *column) longest() (sql string, args []any) {
+	ends, from, args := "expires_at", "(SELECT route, expires_at FROM cacheproxy.meta ORDER BY updated_at DESC LIMIT $1::bigint) r WHERE route = $2::text", []any{standingLooked, c.Route}
+	if c.Expires != "" {
+		ends, from, args = quoted(c.Expires), "(SELECT "+quoted(c.Expires)+" FROM "+c.relation()+" LIMIT $1::bigint) r WHERE isfinite("+quoted(c.Expires)+")", args[:1]
+	}
+	return "SELECT coalesce(greatest((extract(epoch FROM max(" + ends + ") - clock_timestamp()) * 1000000)::bigint, 0), 0) FROM " + from, args
+}
+
+// columnKeys are the keys of n live rows, those first that come first in the unique index; it looks at standingLooked of them at most.
+func (s *Store) columnKeys(ctx context.Context, c *column, n int) (keys []string, err error) {
+	r := policy.PageRequest{Route: c.Route, Limit: 1000}
+	for range standingLooked / r.Limit {
+		page, err := s.columnPage(ctx, c, r)
+		if err != nil {
+			return nil, err
+		}
+		for _, row := range page.Rows {
+			if row.State != policy.Live {
+				continue
+			}
+			if keys = append(keys, row.Key); len(keys) == n {
+				return keys, nil
+			}
+		}
+		if r.After = page.Next; r.After == "" {
+			break
+		}
+	}
+	return keys, nil
+}

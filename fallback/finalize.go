@@ -272,13 +272,14 @@ WHERE (route, key) IN (SELECT m.route, m.key FROM cacheproxy.meta m WHERE m.rout
 func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 	c := r.Column
 	p.table = pgx.Identifier{c.Schema, c.Table}
-	var column, meta bool
-	if err := q.QueryRow(ctx, columnThereSQL, c.Schema, c.Table, c.Column).Scan(&column); err != nil {
+	var there, meta bool
+	if err := q.QueryRow(ctx, columnThereSQL, c.Schema, c.Table, c.Column).Scan(&there); err != nil {
 		return err
 	}
 	if err := q.QueryRow(ctx, tableThereSQL, "cacheproxy", "meta").Scan(&meta); err != nil {
 		return err
 	}
+	ours := meta // the schema is there
 	if meta {
 		var changes int
 		if err := q.QueryRow(ctx, changesSQL, r.Route).Scan(&changes); err != nil {
@@ -291,7 +292,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 			return err
 		}
 	}
-	if column {
+	if there {
 		if err := p.triggers(ctx, q, trackFunction(r.Route)); err != nil {
 			return err
 		}
@@ -302,6 +303,9 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 		if p.Goes, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
 			return err
 		}
+		if ours { // or the rows of a column that is made and adopted again would be dead
+			p.first = append(p.first, "DELETE FROM cacheproxy.generations WHERE scope = "+literal((&column{Column: Column{Route: r.Route}}).scope()))
+		}
 		p.drop = "ALTER TABLE " + p.table.Sanitize() + " DROP COLUMN " + pgx.Identifier{c.Column}.Sanitize()
 		for _, sql := range append(slices.Clone(p.first), p.drop) {
 			p.Statements = append(p.Statements, sql+";")
@@ -311,7 +315,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 		p.rows = metaBatchSQL
 		p.Statements = append(p.Statements, "DELETE FROM cacheproxy.meta WHERE route = "+literal(r.Route)+";")
 	}
-	p.Done = !column && !meta
+	p.Done = !there && !meta
 	return nil
 }
 

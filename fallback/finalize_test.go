@@ -198,6 +198,7 @@ func TestFinalizeColumn(t *testing.T) {
 	execute(t, c, `CREATE INDEX by_cache ON "my app"."Reports" ((cache ->> 'a'))`)
 	execute(t, c, `CREATE TABLE IF NOT EXISTS cacheproxy.meta (route text, key text, expires_at timestamptz, updated_at timestamptz, generation bigint, change bigint, PRIMARY KEY (route, key))`)
 	execute(t, c, `INSERT INTO cacheproxy.meta (route, key, updated_at, generation) VALUES ('r', 'k', now(), 0), ('q', 'k', now(), 0)`)
+	execute(t, c, `INSERT INTO cacheproxy.generations VALUES ('column r', 1), ('r', 1)`)
 	own, other := trackFunction("r"), trackFunction("q")
 	for _, f := range []string{own, other} { // of two routes with columns of one table
 		execute(t, c, `CREATE FUNCTION cacheproxy.`+f+`() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`)
@@ -231,6 +232,7 @@ func TestFinalizeColumn(t *testing.T) {
 		`DROP TRIGGER "` + own + `_insert" ON "my app"."Reports";`,
 		`DROP TRIGGER "` + own + `_update" ON "my app"."Reports";`,
 		`DROP FUNCTION "cacheproxy"."` + own + `"();`,
+		`DELETE FROM cacheproxy.generations WHERE scope = 'column r';`,
 		`ALTER TABLE "my app"."Reports" DROP COLUMN "cache";`,
 		`DELETE FROM cacheproxy.meta WHERE route = 'r';`,
 	}
@@ -244,7 +246,7 @@ func TestFinalizeColumn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !there(t, c, `(SELECT array_agg(attname::text ORDER BY attnum) = '{id,name}' FROM pg_attribute WHERE attrelid = '"my app"."Reports"'::regclass AND attnum > 0 AND NOT attisdropped)
-		AND (SELECT count(*) = 3 AND bool_or(tgname = 'theirs') FROM pg_trigger WHERE NOT tgisinternal) AND to_regproc('cacheproxy.`+other+`') IS NOT NULL AND to_regproc('cacheproxy.`+own+`') IS NULL AND (SELECT array_agg(route) = '{q}' FROM cacheproxy.meta)`) {
+		AND (SELECT count(*) = 3 AND bool_or(tgname = 'theirs') FROM pg_trigger WHERE NOT tgisinternal) AND to_regproc('cacheproxy.`+other+`') IS NOT NULL AND to_regproc('cacheproxy.`+own+`') IS NULL AND (SELECT array_agg(route) = '{q}' FROM cacheproxy.meta) AND (SELECT array_agg(scope) = '{r}' FROM cacheproxy.generations)`) {
 		t.Error("something else went, or not all")
 	}
 	if p := plan(t, s, r); !p.Done {

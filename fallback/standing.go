@@ -76,8 +76,13 @@ type PhaseSeen struct {
 // without a look at the rows. It reads a bounded number of
 // rows however large the table is.
 func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing, error) {
+	cs, err := s.known(ctx)
+	if err != nil {
+		return Standing{}, wrap("look at phases", err)
+	}
+	column := cs.byRoute[route]
 	var out Standing
-	err := s.do(ctx, s.house, "look at phases", func(ctx context.Context, c *pgx.Conn) error {
+	err = s.do(ctx, s.house, "look at phases", func(ctx context.Context, c *pgx.Conn) error {
 		out = Standing{}
 		var b pgx.Batch
 		b.Queue(sightingsSQL, route).Query(func(r pgx.Rows) error {
@@ -89,15 +94,21 @@ func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing,
 			})
 			return err
 		})
-		if rows >= 0 {
-			b.Queue(longestSQL, route, longestLooked).QueryRow(func(r pgx.Row) error {
-				var micros int64
-				err := r.Scan(&micros)
-				out.Longest = time.Duration(micros) * time.Microsecond
-				return err
-			})
+		longest := func(r pgx.Row) error {
+			var micros int64
+			err := r.Scan(&micros)
+			out.Longest = time.Duration(micros) * time.Microsecond
+			return err
 		}
-		if rows > 0 {
+		switch {
+		case rows < 0 || column != nil && !column.checked.Load():
+		case column != nil:
+			sql, args := column.longest()
+			b.Queue(sql, args...).QueryRow(longest)
+		default:
+			b.Queue(longestSQL, route, longestLooked).QueryRow(longest)
+		}
+		if rows > 0 && column == nil {
 			b.Queue(oldestSQL, route, rows, standingLooked).Query(func(r pgx.Rows) (err error) {
 				out.Keys, err = pgx.CollectRows(r, pgx.RowTo[string])
 				return err
@@ -105,6 +116,9 @@ func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing,
 		}
 		return c.SendBatch(ctx, &b).Close()
 	})
+	if err == nil && rows > 0 && column != nil && column.checked.Load() {
+		out.Keys, err = s.columnKeys(ctx, column, rows)
+	}
 	if err != nil {
 		return Standing{}, err
 	}

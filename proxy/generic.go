@@ -638,6 +638,11 @@ type refusedByRedis struct{ frame []byte }
 
 func (r *refusedByRedis) Error() string { return "refused by redis" }
 
+// refused: somebody has brought a higher number for one of the keys, or the same before.
+func refused(rs []keyReply) bool {
+	return slices.ContainsFunc(rs, func(k keyReply) bool { return k.code == keyRefused })
+}
+
 // runQueued runs the EXEC of a transaction that is queued on a client's own connection. Its commands stand there already, so the keys
 // are loaded before it: a client that watches one sees it change if the row was not what Redis had. If the client watches none they are queued once
 // more, behind a load, a WATCH of ours, and a load that changes nothing:
@@ -657,11 +662,17 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		keys[i] = k.Key
 	}
 	var err error
+	var own []string // the number is there, and ours
 	had := make([]keyReply, len(keys))
 	if slices.ContainsFunc(st.routes, (*policy.Route).Column) {
 		if had, err = e.up.script(ctx, scriptRead, keys, st.number); err != nil {
 			return r.notLoaded(st, err), nil
 		}
+		if refused(had) {
+			e.lift(ctx, st.tx, had)
+			return nil, errOvertaken
+		}
+		own = []string{"own"}
 	}
 	argv := []string{st.number}
 	for i, row := range st.truth {
@@ -672,21 +683,22 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		// A client that watches the key would see it change if its bytes were replaced by others that mean the same.
 		argv = append(argv, first, rowFlag(row), string(exact(st.routes[i], row, had[i])), strconv.FormatInt(e.clocks.toRedis(row.ExpiresAt), 10))
 	}
-	if st.redis, err = e.up.script(ctx, scriptLoad, keys, argv...); err != nil {
+	if st.redis, err = e.up.script(ctx, scriptLoad, keys, append(slices.Clip(argv), own...)...); err != nil {
 		return r.notLoaded(st, err), nil
 	}
-	for _, k := range st.redis {
-		if k.code == keyRefused {
-			e.lift(ctx, st.tx, st.redis)
-			return nil, errOvertaken
-		}
+	if refused(st.redis) {
+		e.lift(ctx, st.tx, st.redis)
+		return nil, errOvertaken
 	}
 	if adopt, err := st.judge(e); err != nil || len(adopt) > 0 {
 		return r.again(ctx, st, adopt, err)
 	}
 	if st.judged() {
-		if had, err = e.up.script(ctx, scriptRead, keys, st.number); err != nil {
+		if had, err = e.up.script(ctx, scriptRead, keys, st.number, "own"); err != nil {
 			return r.notLoaded(st, err), nil
+		}
+		if refused(had) {
+			return nil, errOvertaken
 		}
 		for _, k := range had {
 			st.before = append(st.before, beforeOf(k))

@@ -233,7 +233,7 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptRead: what K is, for a write that is computed from it. ARGV: number (0: without the key lock; one that is there already is another's, see
-	// scriptInvalidate). Of a key that is absent it says
+	// scriptInvalidate, unless "own" follows). Of a key that is absent it says
 	// whether a writer has the lease, and of each the highest number.
 	scriptRead = newScript("read", redisLook, `
 local n = tonumber(ARGV[1])
@@ -241,7 +241,7 @@ local r = {}
 for i = 2, #KEYS, 2 do
   local K, L = KEYS[i], KEYS[i+1]
   local f, t = get(L)
-  if n > 0 and n <= f then r[#r+1] = {9, '', f}
+  if n > 0 and (n < f or n == f and ARGV[2] ~= 'own') then r[#r+1] = {9, '', f}
   else
     if n > f then put(L, n, '', 0); f = n end
     local m = redis.call('HGET', J, K) or ''

@@ -26,12 +26,17 @@ type tourStep struct {
 //
 //	<!-- varies: REGEX -->   what matches counts as equal, in the README and in the output
 //	<!-- soon -->            the proxy needs a moment: the block is run again until it is as the README says
+//	<!-- exit: 1 -->         the last command of the block ends with this code, which a shell does not print
+//
+// A comment by itself says what the test does between two blocks, such as what is started in another terminal: <!-- do: … -->.
 //
 // Everything else must be equal, except that a line of three dots stands for any lines.
 type tourBlock struct {
 	steps  []tourStep
 	varies []*regexp.Regexp
 	soon   bool
+	exit   int    // of the last command
+	do     string // what the test does instead
 }
 
 const (
@@ -39,7 +44,11 @@ const (
 	tourEnds   = "<!-- tour: end -->"
 )
 
-var varies = regexp.MustCompile(`^<!-- varies: (.*) -->$`)
+var (
+	varies   = regexp.MustCompile(`^<!-- varies: (.*) -->$`)
+	exitsBy  = regexp.MustCompile(`^<!-- exit: (\d+) -->$`)
+	betweens = regexp.MustCompile(`^<!-- do: (.*) -->$`)
+)
 
 // readTour reads the blocks of the tour.
 func readTour(t *testing.T, path string) (blocks []*tourBlock) {
@@ -79,8 +88,12 @@ func readTour(t *testing.T, path string) (blocks []*tourBlock) {
 			next.varies = append(next.varies, regexp.MustCompile(m[1]))
 		case line == "<!-- soon -->":
 			next.soon = true
+		case exitsBy.MatchString(line):
+			next.exit, _ = strconv.Atoi(exitsBy.FindStringSubmatch(line)[1])
+		case betweens.MatchString(line):
+			blocks = append(blocks, &tourBlock{do: betweens.FindStringSubmatch(line)[1]})
 		case line != "": // prose between a comment and its block would leave the comment to another one
-			if next.soon || next.varies != nil {
+			if next.soon || next.varies != nil || next.exit != 0 {
 				t.Fatalf("%s:%d: a comment for the test stands right above its block", path, n)
 			}
 		}
@@ -180,38 +193,12 @@ func TestREADME(t *testing.T) {
 	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) }) // usually it runs, or has ended
 
 	for _, b := range blocks {
-		for tries := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
-			wrong := ""
-			for _, step := range b.steps {
-				got, want := "", trimLines(translate(step.want))
-				if step.command == "make run" {
-					got = s.stdout.String()
-				} else {
-					got = s.shell(translate(step.command))
-				}
-				if got = trimLines(got); !b.same(got, want) {
-					wrong = fmt.Sprintf("README.md:%d: $ %s\nprints\n%sand the README says\n%s", step.line, step.command, got, want)
-					break
-				}
+		b.run(t, "README.md", func(command string) string {
+			if command == "make run" {
+				return s.stdout.String()
 			}
-			if wrong == "" {
-				break
-			}
-			if !b.soon || time.Now().After(tries) {
-				t.Fatal(wrong)
-			}
-		}
-	}
-	for _, b := range blocks {
-		for _, re := range b.varies {
-			used := false
-			for _, step := range b.steps {
-				used = used || re.MatchString(step.want)
-			}
-			if !used {
-				t.Errorf("README.md:%d: nothing varies like %q", b.steps[0].line, re)
-			}
-		}
+			return s.shell(translate(command))
+		}, translate)
 	}
 	dev.signal(t, syscall.SIGINT)
 	if code := dev.code(t); code != exitFine {
@@ -219,14 +206,47 @@ func TestREADME(t *testing.T) {
 	}
 }
 
+// run types the commands of a block and compares what is printed. shell runs one; translate says what stands for what in the document.
+func (b *tourBlock) run(t *testing.T, document string, shell, translate func(string) string) {
+	t.Helper()
+	for tries := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		wrong := ""
+		for i, step := range b.steps {
+			got, want := trimLines(shell(step.command)), step.want
+			if b.exit != 0 && i == len(b.steps)-1 {
+				want += fmt.Sprintf("exit status %d\n", b.exit)
+			}
+			if want = trimLines(translate(want)); !b.same(got, want) {
+				wrong = fmt.Sprintf("%s:%d: $ %s\nprints\n%sand the document says\n%s", document, step.line, step.command, got, want)
+				break
+			}
+		}
+		if wrong == "" {
+			break
+		}
+		if !b.soon || time.Now().After(tries) {
+			t.Fatal(wrong)
+		}
+	}
+	for _, re := range b.varies {
+		used := false
+		for _, step := range b.steps {
+			used = used || re.MatchString(step.want)
+		}
+		if !used {
+			t.Errorf("%s:%d: nothing varies like %q", document, b.steps[0].line, re)
+		}
+	}
+}
+
 // shell runs a command of the tour and returns what it prints, as it prints it on a terminal.
-func (s *site) shell(command string) string {
+func (s *site) shell(command string, env ...string) string {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-c", command)
 	cmd.Dir = s.dir
 	// redis-cli writes replies for people only to a terminal, unless this says that there is one.
-	cmd.Env = []string{"FAKETTY=1", "PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "LC_ALL=C.UTF-8", "PAGER=cat"}
+	cmd.Env = append([]string{"FAKETTY=1", "PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "LC_ALL=C.UTF-8", "PAGER=cat"}, env...)
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
