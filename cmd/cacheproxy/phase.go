@@ -75,7 +75,7 @@ func (c *cli) phase(ctx context.Context, f phaseFlags) error {
 			}
 			return bad("name one route with --route: " + strings.Join(names, ", "))
 		}
-		return c.move(ctx, f, &standings[0], control)
+		return c.move(ctx, f, &standings[0], observe, control)
 	}
 	if f.json {
 		return c.printJSON(standings)
@@ -114,7 +114,7 @@ type moved struct {
 }
 
 // move takes a step, if nothing speaks against it.
-func (c *cli) move(ctx context.Context, f phaseFlags, s *proxy.Standing, control string) error {
+func (c *cli) move(ctx context.Context, f phaseFlags, s *proxy.Standing, observe, control string) error {
 	step, word := s.Next, "next"
 	if f.rollback {
 		step, word = s.Back, "previous"
@@ -154,6 +154,10 @@ func (c *cli) move(ctx context.Context, f phaseFlags, s *proxy.Standing, control
 		return c.printJSON(out)
 	}
 	fmt.Fprintf(c.stdout, "%s: %s to %s, in this sidecar\n", s.Route, s.Phase, step.Phase)
+	// The file may have been read since we asked.
+	if now, err := askPhases(ctx, observe, s.Route); err == nil && len(now) == 1 {
+		s = &now[0]
+	}
 	if s.Configured != step.Phase {
 		file := cmp.Or(c.path(), config.DefaultPath)
 		fmt.Fprintf(c.stdout, "Write \"phase: %s\" for the route into %s: a restart goes by the file. Then move the other sidecars.\n", step.Phase, file)
