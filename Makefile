@@ -41,7 +41,7 @@ image: ## build the container image for amd64 and arm64 in dist/image, without a
 test: ## run every test but soak, chaos and the journey, with the race detector; policy, fallback and proxy must be covered
 	@sh scripts/install-deps.sh test
 	@rm -f coverage.txt coverage.status
-	@{ $(GO) test -race -count=1 -timeout=20m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos -e /test/model -e /test/journey) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
+	@{ $(GO) test -race -count=1 -timeout=40m -cover $$($(GO) list ./... | grep -v -e /test/soak -e /test/chaos -e /test/model -e /test/journey) 2>&1; echo $$? >coverage.status; } | tee coverage.txt
 	@test "$$(cat coverage.status)" = 0
 	@for name in $(COVERED); do \
 		awk -v name=$$name -v min=$(MIN_COVERAGE) ' \
