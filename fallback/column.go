@@ -149,7 +149,9 @@ type column struct {
 }
 
 // scope names the column's fences among those of the table's routes: what flushes cacheproxy.entries says nothing of a column.
-func (c *column) scope() string { return "column " + c.Route }
+func (c *column) scope() string { return columnScope(c.Route) }
+
+func columnScope(route string) string { return "column " + route }
 
 // relation is the table's name in SQL.
 func (c *column) relation() string { return pgx.Identifier{c.schema, c.table}.Sanitize() }

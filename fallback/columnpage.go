@@ -100,14 +100,7 @@ func (s *Store) columnEstimate(ctx context.Context, c *column) (n int64, err err
 		if err := conn.QueryRow(ctx, `EXPLAIN (FORMAT JSON) SELECT FROM `+c.relation()).Scan(&text); err != nil {
 			return err
 		}
-		var said []struct {
-			Plan struct {
-				Rows float64 `json:"Plan Rows"`
-			}
-		}
-		if err := json.Unmarshal(text, &said); err == nil && len(said) > 0 {
-			n = max(n, int64(said[0].Plan.Rows))
-		}
+		n = max(n, planned(text))
 		return nil
 	})
 	return n, err

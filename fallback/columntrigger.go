@@ -126,7 +126,11 @@ func TriggerSQL(c Column) (string, error) {
 
 // function is the name of the column's trigger function; the triggers' begin with it.
 func (c *column) function() string {
-	sum := sha256.Sum256([]byte(c.Route))
+	return trackFunction(c.Route)
+}
+
+func trackFunction(route string) string {
+	sum := sha256.Sum256([]byte(route))
 	return "track_" + hex.EncodeToString(sum[:6])
 }
 

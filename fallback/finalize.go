@@ -2,8 +2,6 @@ package fallback
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -174,7 +172,7 @@ func (p *RemovalPlan) entries(ctx context.Context, q querier, r Removal) error {
 		return nil
 	}
 	p.rows = entriesBatchSQL
-	p.Statements = []string{"DELETE FROM cacheproxy.entries WHERE route = " + literal(r.Route) + ";"}
+	p.Statements = []string{"DELETE FROM cacheproxy.entries WHERE route = " + literalSQL(r.Route) + ";"}
 	return nil
 }
 
@@ -304,7 +302,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 			return err
 		}
 		if ours { // or the rows of a column that is made and adopted again would be dead
-			p.first = append(p.first, "DELETE FROM cacheproxy.generations WHERE scope = "+literal((&column{Column: Column{Route: r.Route}}).scope()))
+			p.first = append(p.first, "DELETE FROM cacheproxy.generations WHERE scope = "+literalSQL(columnScope(r.Route)))
 		}
 		p.drop = "ALTER TABLE " + p.table.Sanitize() + " DROP COLUMN " + pgx.Identifier{c.Column}.Sanitize()
 		for _, sql := range append(slices.Clone(p.first), p.drop) {
@@ -313,7 +311,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 	}
 	if meta {
 		p.rows = metaBatchSQL
-		p.Statements = append(p.Statements, "DELETE FROM cacheproxy.meta WHERE route = "+literal(r.Route)+";")
+		p.Statements = append(p.Statements, "DELETE FROM cacheproxy.meta WHERE route = "+literalSQL(r.Route)+";")
 	}
 	p.Done = !there && !meta
 	return nil
@@ -339,16 +337,6 @@ func (p *RemovalPlan) triggers(ctx context.Context, q querier, function string) 
 	p.first = append(p.first, "DROP FUNCTION "+pgx.Identifier{"cacheproxy", function}.Sanitize()+"()")
 	return nil
 }
-
-// trackFunction is the name of the function that records what others change in the column of a route; see the SQL of
-// `cacheproxy schema --route`.
-func trackFunction(route string) string {
-	sum := sha256.Sum256([]byte(route))
-	return "track_" + hex.EncodeToString(sum[:6])
-}
-
-// literal is text as a string of SQL.
-func literal(text string) string { return "'" + strings.ReplaceAll(text, "'", "''") + "'" }
 
 // DependentError says that something depends on what is to be dropped.
 type DependentError struct{ What string }

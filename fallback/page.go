@@ -139,16 +139,21 @@ func (s *Store) Estimate(ctx context.Context, r policy.PageRequest) (int64, erro
 		if err := c.QueryRow(ctx, plan, args...).Scan(&text); err != nil {
 			return err
 		}
-		var said []struct {
-			Plan struct {
-				Rows float64 `json:"Plan Rows"`
-			}
-		}
-		if err := json.Unmarshal(text, &said); err != nil || len(said) == 0 {
-			return err
-		}
-		n = max(n, int64(said[0].Plan.Rows))
+		n = max(n, planned(text))
 		return nil
 	})
 	return n, err
+}
+
+// planned is how many rows the planner expects of a statement, from the text of EXPLAIN (FORMAT JSON); 0 if it does not say.
+func planned(text []byte) int64 {
+	var said []struct {
+		Plan struct {
+			Rows float64 `json:"Plan Rows"`
+		}
+	}
+	if err := json.Unmarshal(text, &said); err != nil || len(said) == 0 {
+		return 0
+	}
+	return int64(said[0].Plan.Rows)
 }

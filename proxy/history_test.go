@@ -145,8 +145,8 @@ func transferKeys(peer *proxy.Peer, rng *rand.Rand, stop <-chan struct{}) {
 			continue
 		}
 		if _, err = link.Measure(ctx); err == nil {
-			var standing proxy.Trust
-			if standing, err = link.Trust(ctx); err == nil && standing != proxy.Verified {
+			var trust proxy.Trust
+			if trust, err = link.Trust(ctx); err == nil && trust != proxy.Verified {
 				err = errors.New("nobody has looked at this redis yet")
 			}
 		}
