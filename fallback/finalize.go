@@ -37,6 +37,8 @@ type Removal struct {
 	Column *AdoptedColumn
 	// Others are the routes of the configuration in a phase that uses the proxy's own table.
 	Others []string
+	// Known are all routes of the configuration. A sidecar that serves another one has another configuration, which may name the column.
+	Known []string
 }
 
 // AdoptedColumn is a column of the application's, by its names in the catalogue.
@@ -91,7 +93,7 @@ func planRemoval(ctx context.Context, conn *pgxpool.Conn, r Removal) (p RemovalP
 		return p, err
 	}
 	if schema { // else no sidecar was ever here, or everything has gone already
-		if p.Against, err = stillUsed(ctx, conn, r.Route); err != nil {
+		if p.Against, err = stillUsed(ctx, conn, r); err != nil {
 			return p, err
 		}
 	}
@@ -107,9 +109,9 @@ FROM cacheproxy.phases
 WHERE route = $1::text AND last_seen > clock_timestamp() - $2::bigint * interval '1 millisecond'
 ORDER BY phase`
 
-// stillUsed says who still reads a route's store.
-func stillUsed(ctx context.Context, q querier, route string) (against []string, err error) {
-	rows, err := q.Query(ctx, finalPhasesSQL, route, finalQuiet.Milliseconds())
+// stillUsed says who still reads a route's store, or may.
+func stillUsed(ctx context.Context, q querier, r Removal) (against []string, err error) {
+	rows, err := q.Query(ctx, finalPhasesSQL, r.Route, finalQuiet.Milliseconds())
 	if err != nil {
 		return nil, err
 	}
@@ -127,13 +129,37 @@ func stillUsed(ctx context.Context, q querier, route string) (against []string, 
 		return nil, err
 	}
 	var n int
-	if err := q.QueryRow(ctx, `SELECT count(*) FROM cacheproxy.journal WHERE $1::text = ANY (routes)`, route).Scan(&n); err != nil {
+	if err := q.QueryRow(ctx, `SELECT count(*) FROM cacheproxy.journal WHERE $1::text = ANY (routes)`, r.Route).Scan(&n); err != nil {
 		return nil, err
 	}
 	if n > 0 {
 		against = append(against, fmt.Sprintf("the journal has %d entries of the route: Redis may be stale for their keys; go back to %s with one sidecar until they are repaired", n, policy.Drain))
 	}
-	return against, nil
+	if r.Column == nil {
+		return against, nil
+	}
+	err = servedInStore(ctx, q, r.Route, func(other, phase string) {
+		if !slices.Contains(r.Known, other) {
+			against = append(against, fmt.Sprintf("a sidecar serves route %s in %s, and this configuration has no such route: it may have the same column; run this with the configuration that all sidecars have, or stop that one and wait %s", other, phase, policy.Short(finalQuiet)))
+		}
+	})
+	return against, err
+}
+
+// servedInStore calls found for every route but one that a sidecar serves in a phase that uses the store.
+func servedInStore(ctx context.Context, q querier, but string, found func(route, phase string)) error {
+	rows, err := q.Query(ctx, otherPhasesSQL, but, finalQuiet.Milliseconds())
+	if err != nil {
+		return err
+	}
+	var route, word string
+	_, err = pgx.ForEachRow(rows, []any{&route, &word}, func() error {
+		if phase, err := policy.ParsePhase(word); err != nil || phase.Rules().UsesStore {
+			found(route, word)
+		}
+		return nil
+	})
+	return err
 }
 
 // querier is a connection or a transaction on it.
@@ -208,22 +234,14 @@ func otherUsers(ctx context.Context, q querier, r Removal) ([]string, error) {
 	for _, route := range r.Others {
 		add(route)
 	}
-	rows, err := q.Query(ctx, otherPhasesSQL, r.Route, finalQuiet.Milliseconds())
+	if err := servedInStore(ctx, q, r.Route, func(route, _ string) { add(route) }); err != nil {
+		return nil, err
+	}
+	rows, err := q.Query(ctx, otherRowsSQL, r.Route)
 	if err != nil {
 		return nil, err
 	}
-	var route, word string
-	if _, err := pgx.ForEachRow(rows, []any{&route, &word}, func() error {
-		if phase, err := policy.ParsePhase(word); err != nil || phase.Rules().UsesStore {
-			add(route)
-		}
-		return nil
-	}); err != nil {
-		return nil, err
-	}
-	if rows, err = q.Query(ctx, otherRowsSQL, r.Route); err != nil {
-		return nil, err
-	}
+	var route string
 	_, err = pgx.ForEachRow(rows, []any{&route}, func() error {
 		add(route)
 		return nil
@@ -392,7 +410,7 @@ func (s *Store) Finalize(ctx context.Context, p RemovalPlan, r Removal, tell fun
 		if err != nil {
 			return wrap(op, err)
 		}
-		against, err := stillUsed(ctx, conn, r.Route)
+		against, err := stillUsed(ctx, conn, r)
 		if err == nil && len(against) > 0 {
 			err = ErrUsedAgain
 		}
@@ -449,7 +467,7 @@ func (s *Store) dropping(ctx context.Context, p RemovalPlan, r Removal, commit b
 	}
 	var against []string
 	if schema {
-		if against, err = stillUsed(ctx, conn, r.Route); err != nil {
+		if against, err = stillUsed(ctx, conn, r); err != nil {
 			return err
 		}
 	}

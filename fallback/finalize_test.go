@@ -227,6 +227,18 @@ func TestFinalizeColumn(t *testing.T) {
 	}
 	execute(t, c, `UPDATE cacheproxy.meta SET change = NULL`)
 
+	// Whoever serves a route that nobody here knows has another configuration.
+	execute(t, c, `INSERT INTO cacheproxy.phases VALUES ('renamed', 'phase1', now(), now()), ('elsewhere', 'phase3', now(), now()), ('long ago', 'phase1', now(), now() - interval '2 minutes')`)
+	stranger := plan(t, s, r)
+	if len(stranger.Against) != 1 || !strings.Contains(stranger.Against[0], "serves route renamed in phase1, and this configuration has no such route") {
+		t.Errorf("with a route of another configuration: %q", stranger.Against)
+	}
+	stranger.Against = nil
+	if err := s.Finalize(ctx, stranger, r, silent); !errors.Is(err, ErrUsedAgain) {
+		t.Errorf("done all the same: %v", err)
+	}
+	r.Known = []string{"r", "renamed"} // which has another column there
+
 	p := plan(t, s, r)
 	want := []string{
 		`DROP TRIGGER "` + own + `_insert" ON "my app"."Reports";`,

@@ -118,6 +118,7 @@ func removalOf(cfg *config.Config, name string) (fallback.Removal, []string, err
 	var against []string
 	found := false
 	for i, route := range cfg.PolicyRoutes() {
+		r.Known = append(r.Known, route.Name)
 		if route.Name != name {
 			if adopted(cfg.Routes[i]) == nil && route.Phase.Rules().UsesStore {
 				r.Others = append(r.Others, route.Name)
