@@ -41,7 +41,8 @@ type ServerConfig struct {
 	Deny             []string      // the entries of commands.deny; none: nothing is denied
 	// Text answers "CACHEPROXY CONFIG": the effective configuration without secrets. nil: nothing to show.
 	Text func() string
-	// Reload answers "CACHEPROXY RELOAD". nil: not available.
+	// Reload reads the configuration again, for "CACHEPROXY RELOAD" and before a step of a phase. It calls SetRoutes at most, and logs its error. nil: not
+	// available.
 	Reload func() error
 	// Phases are the phases that the configuration names, by route. nil: it is not known.
 	Phases func() map[string]string
@@ -562,7 +563,9 @@ func (s *Server) SetRoutes(routes []policy.Route) error {
 // ErrNoRoute says that no route has that name.
 var ErrNoRoute = errors.New("no such route")
 
-// SetPhase moves one route one step. Coming back from drain or phase3 fences the store: rows from before are dead.
+// SetPhase moves one route one step. Coming back from drain or phase3 fences the store: rows from before are dead. The configuration is read first:
+// whoever has just written the phase into the file, and goes on from there, means it in that order, and the reload that the change of the file calls
+// for would come after the step and undo it.
 func (s *Server) SetPhase(name string, to policy.Phase) error { return s.setPhase(name, to, false) }
 
 // ForcePhase is SetPhase that goes back to a phase without Redis although keys are only there: they are not seen until the route
@@ -570,6 +573,9 @@ func (s *Server) SetPhase(name string, to policy.Phase) error { return s.setPhas
 func (s *Server) ForcePhase(name string, to policy.Phase) error { return s.setPhase(name, to, true) }
 
 func (s *Server) setPhase(name string, to policy.Phase, force bool) error {
+	if s.cfg.Reload != nil {
+		_ = s.cfg.Reload() // it logs its error; the step is right or wrong by itself
+	}
 	s.phases.Lock()
 	defer s.phases.Unlock()
 	router := s.e.router.Load()

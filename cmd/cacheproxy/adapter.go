@@ -142,10 +142,7 @@ func (a admission) Phases(ctx context.Context, route string) (any, error) {
 	return out, err
 }
 
-// SetPhase reads the configuration first. Whoever has just written the phase into the file, and goes on from there, means it in that order, and the
-// reload that the change of the file calls for would come after the step and undo it.
 func (a admission) SetPhase(route string, to policy.Phase, force bool) error {
-	_ = a.p.reload() // it logs its error; the step is right or wrong by itself
 	move := a.p.server.SetPhase
 	if force {
 		move = a.p.server.ForcePhase

@@ -253,6 +253,17 @@ func TestReload(t *testing.T) {
 	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "): phase2, ") {
 		t.Errorf("PHASE: %s", got)
 	}
+
+	// What is in the file counts before a step, and the reload that follows does not undo it.
+	s.write(strings.ReplaceAll(with("4m"), "phase1", "drain"))
+	if got := s.do("CACHEPROXY", "PHASE", "user", "phase3"); got != "OK" {
+		t.Errorf("a step from where the file leads: %s", got)
+	}
+	s.write(strings.ReplaceAll(with("5m"), "phase1", "drain"))
+	reloaded("the file once more", "5m0s")
+	if got := s.do("CACHEPROXY", "PHASE"); !strings.Contains(got, "): phase3, ") {
+		t.Errorf("PHASE: %s", got)
+	}
 }
 
 func TestReloadWithoutFile(t *testing.T) {
