@@ -56,6 +56,7 @@ type set struct {
 	services   []*core.Service
 	policies   []*networking.NetworkPolicy
 	monitors   []*monitoring.PodMonitor
+	rules      []*monitoring.PrometheusRule
 	configMaps map[string]*core.ConfigMap
 	secrets    map[string]*core.Secret
 	accounts   []string
@@ -94,6 +95,8 @@ func decode(text string) (s set, problems []string) {
 			s.policies = append(s.policies, o)
 		case *monitoring.PodMonitor:
 			s.monitors = append(s.monitors, o)
+		case *monitoring.PrometheusRule:
+			s.rules = append(s.rules, o)
 		default:
 			problems = append(problems, fmt.Sprintf("a %T, of which the test knows nothing", obj))
 		}

@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -229,6 +230,40 @@ patches: [{path: patch.json, target: {kind: Deployment, name: app}}]
 			t.Error("a difference is not found")
 		}
 	})
+}
+
+// What the README makes of the alert rules is what the Prometheus Operator takes.
+func TestAlertsForTheOperator(t *testing.T) {
+	readme, err := os.ReadFile(filepath.Join(manifests, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, command, _ := strings.Cut(string(readme), "{ printf")
+	command, _, ok := strings.Cut(command, " | kubectl -n monitoring apply -f -")
+	if !ok {
+		t.Fatal("the README has no such command")
+	}
+	cmd := exec.Command("sh", "-euc", "{ printf"+command)
+	cmd.Dir = filepath.Join(manifests, "..", "..")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, problems := decode(string(out))
+	if len(problems) > 0 || len(s.rules) != 1 {
+		t.Fatalf("%q\n%s", problems, out)
+	}
+	alerts, err := os.ReadFile(filepath.Join(manifests, "..", "prometheus", "alerts.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, group := range s.rules[0].Spec.Groups {
+		n += len(group.Rules)
+	}
+	if want := strings.Count(string(alerts), "- alert: "); n != want || n == 0 {
+		t.Errorf("%d rules of %d", n, want)
+	}
 }
 
 // Only the port of the metrics is closed, and that is open to the monitoring.
