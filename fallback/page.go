@@ -112,7 +112,7 @@ func (s *Store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, erro
 
 // estimateSQL asks the planner how many rows a range of keys has. It takes part in no plan, so that it costs the same for a table of
 // any size, and is as good as the table's last ANALYZE.
-const estimateSQL = `EXPLAIN (FORMAT JSON) SELECT FROM cacheproxy.entries WHERE key >= $1::text`
+const estimateSQL = `EXPLAIN (FORMAT JSON) SELECT FROM cacheproxy.entries`
 
 // Estimate is about how many rows a walk with Page looks at: exact up to 10,000, the planner's estimate beyond. It is for people to look at.
 func (s *Store) Estimate(ctx context.Context, r policy.PageRequest) (int64, error) {
@@ -123,20 +123,23 @@ func (s *Store) Estimate(ctx context.Context, r policy.PageRequest) (int64, erro
 	if c := cs.byRoute[r.Route]; c != nil {
 		return s.columnEstimate(ctx, c)
 	}
-	end := behind(r.Prefix)
-	exact, plan, args := `SELECT count(*) FROM (SELECT FROM cacheproxy.entries WHERE key >= $1::text`, estimateSQL, []any{r.Prefix}
-	if end != "" {
-		exact, plan, args = exact+` AND key < $2::text`, plan+` AND key < $2::text`, append(args, end)
+	var where string // none of all keys: of a table that was never analyzed the planner knows the size, and nothing of ranges
+	var args []any
+	if r.Prefix != "" {
+		where, args = ` WHERE key >= $1::text`, []any{r.Prefix}
+	}
+	if end := behind(r.Prefix); end != "" {
+		where, args = where+` AND key < $2::text`, append(args, end)
 	}
 	var n int64
 	err = s.do(ctx, s.reads, "estimate the rows", func(ctx context.Context, c *pgx.Conn) error {
-		if err := c.QueryRow(ctx, exact+` LIMIT 10001) e`, args...).Scan(&n); err != nil || n <= countLimit {
+		if err := c.QueryRow(ctx, `SELECT count(*) FROM (SELECT FROM cacheproxy.entries`+where+` LIMIT 10001) e`, args...).Scan(&n); err != nil || n <= countLimit {
 			return err
 		}
 		var text []byte
 		// With the values in the text: a plan for any range would know nothing of this one.
 		args := append([]any{pgx.QueryExecModeSimpleProtocol}, args...)
-		if err := c.QueryRow(ctx, plan, args...).Scan(&text); err != nil {
+		if err := c.QueryRow(ctx, estimateSQL+where, args...).Scan(&text); err != nil {
 			return err
 		}
 		n = max(n, planned(text))

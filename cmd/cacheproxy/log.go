@@ -2,14 +2,15 @@ package main
 
 import (
 	"io"
-	"io/fs"
 	"os"
 
 	"cacheproxy/internal/config"
 	"cacheproxy/internal/said"
+	"cacheproxy/internal/view"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/term"
 )
 
 // newLogger writes to w at a level that can be changed while it is in use.
@@ -44,6 +45,16 @@ func isTerminal(w io.Writer) bool {
 	if !ok {
 		return false
 	}
-	info, err := f.Stat()
-	return err == nil && info.Mode()&fs.ModeCharDevice != 0
+	return term.IsTerminal(int(f.Fd()))
+}
+
+// columnsOf returns what tells the width of the terminal that w is, nil if it is none.
+func columnsOf(w io.Writer) func() int {
+	if !isTerminal(w) {
+		return nil
+	}
+	return func() int {
+		width, _ := view.Size(w.(*os.File))
+		return width
+	}
 }

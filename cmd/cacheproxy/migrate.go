@@ -54,7 +54,7 @@ func (c *cli) migrate(ctx context.Context, shared *transferFlags, opt transfer.O
 	opt.Route, opt.Router = t.route, t.router
 	opt.Workers, opt.Patience = shared.workers, shared.patience
 	opt.MaxValue, opt.Store = int64(t.cfg.Postgres.MaxValue), t.identity()
-	opt.Progress = transfer.NewProgress(c.stderr, isTerminal(c.stderr))
+	opt.Progress = transfer.NewProgress(c.stderr, columnsOf(c.stderr))
 
 	if !opt.DryRun {
 		if err := t.reach(ctx, shared, t.db.EnsureSchema); err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,8 +32,13 @@ type tools struct {
 
 func newTools(t *testing.T, phase string, more ...string) *tools {
 	t.Helper()
-	srv := testenv.Redis(t)
-	x := &tools{site: newSite(t, srv.URL(), testenv.Postgres(t)), ctx: context.Background(), srv: srv}
+	return newToolsAt(t, testenv.Redis(t), testenv.Postgres(t), phase, more...)
+}
+
+// newToolsAt is newTools with stores of one's own.
+func newToolsAt(t *testing.T, srv *devserver.Redis, postgresURL, phase string, more ...string) *tools {
+	t.Helper()
+	x := &tools{site: newSite(t, srv.URL(), postgresURL), ctx: context.Background(), srv: srv}
 	x.phase(phase, more...)
 	x.redis = redis.NewClient(&redis.Options{Addr: srv.Addr(), MaxRetries: -1, DisableIdentity: true})
 	t.Cleanup(func() { x.redis.Close() })
@@ -389,6 +395,67 @@ func TestMigrateWaits(t *testing.T) {
 		if code, _, stderr := x.tool(args...); code != exitUnreachable {
 			t.Errorf("%q without stores: exit code %d\n%s", args, code, stderr)
 		}
+	}
+}
+
+// Whoever makes a store slow, migrate makes room, and takes it again.
+func TestMigrateBrakes(t *testing.T) {
+	srv, pg := testenv.Redis(t), testenv.PostgresServer(t)
+	x := newToolsAt(t, srv, pg.URL("postgres"), "phase1")
+	const rows = 100_000
+	x.rows(rows)
+	toRedis, toPostgres := testenv.NewLink(t, srv.Addr()), testenv.NewLink(t, pg.Addr())
+	x.redisURL, x.postgresURL = "redis://"+toRedis.Addr(), pg.URLVia(toPostgres.Addr(), "postgres")
+	for _, c := range []struct {
+		store string
+		link  *testenv.Link
+		late  time.Duration // each way: more than a store may always take
+	}{{"redis", toRedis, 25 * time.Millisecond}, {"postgres", toPostgres, 75 * time.Millisecond}} {
+		t.Run(c.store, func(t *testing.T) {
+			x.must(x.redis.FlushAll(x.ctx).Err())
+			p, _, errs := x.background("migrate", "--rate", "4000")
+			eventually(t, "some are copied", func() bool { return x.redis.DBSize(x.ctx).Val() > 4000 })
+			if errs.has("slowing down") {
+				t.Errorf("slow without a reason:\n%s", errs)
+			}
+			c.link.Delay(c.late)
+			eventually(t, "it makes room", func() bool { return errs.has("slowing down: " + c.store + " takes ") })
+			c.link.Delay(0)
+			eventually(t, "it goes on as before", func() bool { return errs.has("the stores answer as before: full speed") })
+			p.signal(t, syscall.SIGINT)
+			if code, n := p.code(t), x.redis.DBSize(x.ctx).Val(); code != exitInterrupted || n >= rows {
+				t.Errorf("exit code %d, %d keys in Redis\n%s", code, n, errs)
+			}
+		})
+	}
+}
+
+func TestMigrateOnTerminal(t *testing.T) {
+	x := newTools(t, "phase1")
+	x.rows(10_000)
+	const width = 80
+	p := newTerminal(t, width, 24, x.env(), "migrate", "--rate", "5000", "--config", x.config)
+	bar := regexp.MustCompile(`\r\x1b\[K\[#*\.*\] +[0-9]+ %  [0-9]+ of about [0-9]+ rows, [0-9]+/s, [0-9a-z]+ left`)
+	eventually(t, "a bar is drawn", func() bool { return bar.MatchString(p.screen.String()) })
+	<-p.ended
+	if code := p.cmd.ProcessState.ExitCode(); code != exitFine {
+		t.Errorf("exit code %d", code)
+	}
+	eventually(t, "the report is printed", func() bool {
+		return strings.Contains(p.screen.String(), "10000") && strings.HasSuffix(p.screen.String(), "\n")
+	})
+	text := p.screen.String()
+	drawn := strings.Split(text[:strings.LastIndex(text, "\r\x1b[K")], "\r\x1b[K")
+	if len(drawn) < 4 {
+		t.Errorf("drawn %d times in two seconds", len(drawn))
+	}
+	for _, line := range drawn {
+		if len(line) >= width {
+			t.Errorf("%q wraps", line)
+		}
+	}
+	if last := text[strings.LastIndex(text, "\r\x1b[K"):]; strings.Contains(last, "[#") {
+		t.Errorf("the bar stays: %q", last)
 	}
 }
 

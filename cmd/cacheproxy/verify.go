@@ -73,7 +73,7 @@ func (c *cli) verify(ctx context.Context, shared *transferFlags, opt transfer.Ve
 	}
 	opt.Route, opt.Router, opt.Exact = t.route, t.router, t.store.Kind == "table"
 	opt.Workers, opt.Patience = shared.workers, shared.patience
-	opt.Progress = transfer.NewProgress(c.stderr, isTerminal(c.stderr))
+	opt.Progress = transfer.NewProgress(c.stderr, columnsOf(c.stderr))
 	v, err := transfer.Verify(ctx, t.stores, opt)
 	if err == nil || v.StoreKeys+v.RedisKeys > 0 {
 		if asJSON {

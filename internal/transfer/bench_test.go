@@ -93,7 +93,7 @@ func (x *lab) fill(t testing.TB, n int) {
 func (x *lab) options() transfer.Options {
 	return transfer.Options{
 		Route: x.route, Router: x.router, Workers: 4, MaxValue: 1 << 20, Patience: time.Minute,
-		Progress: transfer.NewProgress(io.Discard, false),
+		Progress: transfer.NewProgress(io.Discard, nil),
 	}
 }
 

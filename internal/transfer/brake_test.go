@@ -127,32 +127,45 @@ func TestGate(t *testing.T) {
 }
 
 func TestProgress(t *testing.T) {
-	for _, terminal := range []bool{false, true} {
+	for _, columns := range []int{0, 80, 60, 20} {
 		var out bytes.Buffer
-		p := NewProgress(&out, terminal)
+		p := NewProgress(&out, nil)
+		terminal, bar := columns > 0, columns == 80
+		if terminal {
+			p.columns = func() int { return columns }
+		}
 		p.begin(100)
 		p.show(120, 1000, "rows") // too soon
 		if out.Len() > 0 {
-			t.Errorf("terminal %t: shown too soon: %q", terminal, out.String())
+			t.Errorf("%d columns: shown too soon: %q", columns, out.String())
 		}
 		p.last = time.Now().Add(-sayEvery)
 		p.recent[0].at = p.recent[0].at.Add(-10 * time.Second)
 		p.show(500, 1000, "rows")
 		p.say("a line of its %s", "own")
 		p.last = time.Now().Add(-sayEvery)
+		p.recent[1].at = p.recent[1].at.Add(-10 * time.Second)
 		p.show(1200, 1000, "rows") // more than was estimated
 		p.end()
 		text := out.String()
-		for _, want := range []string{" 50 %  500 of about 1000 rows, 40/s, about 12s left", "a line of its own\n", "100 %  1200 of about 1200 rows"} {
+		for _, want := range []string{" 50 %  500 of about 1000 rows, 40/s, 12s left", "a line of its own\n", "1200 rows, 70/s, more than the 1000 expected"} {
+			if columns == 20 {
+				want = want[:min(len(want), 19)]
+			}
 			if !strings.Contains(text, want) {
-				t.Errorf("terminal %t: %q is missing in %q", terminal, want, text)
+				t.Errorf("%d columns: %q is missing in %q", columns, want, text)
 			}
 		}
-		if bar := strings.Contains(text, "[############............]"); bar != terminal {
-			t.Errorf("terminal %t: %q", terminal, text)
+		for line := range strings.SplitSeq(strings.ReplaceAll(text, "\r\x1b[K", "\n"), "\n") {
+			if terminal && len(line) >= columns {
+				t.Errorf("%d columns: %q wraps", columns, line)
+			}
+		}
+		if strings.Contains(text, "[##########..........]") != bar {
+			t.Errorf("%d columns: %q", columns, text)
 		}
 		if strings.Contains(text, "\r") != terminal || terminal && !strings.HasSuffix(text, "\r\x1b[K") {
-			t.Errorf("terminal %t: %q", terminal, text)
+			t.Errorf("%d columns: %q", columns, text)
 		}
 	}
 }

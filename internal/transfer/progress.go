@@ -13,13 +13,13 @@ const (
 	drawEvery = 200 * time.Millisecond
 	// sayEvery is how often a line is written where nobody watches, as in a log of a job.
 	sayEvery = 5 * time.Second
-	barWidth = 24
+	barWidth = 20
 )
 
 // Progress shows how far something is: a bar that is drawn over on a terminal, and a line now and then elsewhere.
 type Progress struct {
-	w        io.Writer
-	terminal bool
+	w       io.Writer
+	columns func() int // of the terminal; nil: there is none
 
 	mu     sync.Mutex
 	drawn  bool // guarded by mu: the terminal's line is not empty
@@ -34,9 +34,9 @@ type point struct {
 	done int64
 }
 
-// NewProgress shows on w.
-func NewProgress(w io.Writer, terminal bool) *Progress {
-	return &Progress{w: w, terminal: terminal}
+// NewProgress shows on w. columns says how wide the terminal is that w is, and is nil if w is none.
+func NewProgress(w io.Writer, columns func() int) *Progress {
+	return &Progress{w: w, columns: columns}
 }
 
 // begin starts the clock; before is what was done by an earlier run.
@@ -76,7 +76,7 @@ func (p *Progress) show(done, total int64, what string) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	every := sayEvery
-	if p.terminal {
+	if p.columns != nil {
 		every = drawEvery
 	}
 	if now.Sub(p.last) < every {
@@ -89,22 +89,25 @@ func (p *Progress) show(done, total int64, what string) {
 	}
 	rate := float64(done-p.recent[0].done) / max(now.Sub(p.recent[0].at).Seconds(), 0.001)
 	text := fmt.Sprintf("%d %s, %.0f/s", done, what, rate)
-	if total > 0 {
-		share := min(float64(done)/float64(max(total, done)), 1)
+	switch {
+	case done > total && total > 0:
+		text += fmt.Sprintf(", more than the %d expected", total)
+	case total > 0:
+		share := float64(done) / float64(total)
 		eta := "?"
 		if rate > 0 {
-			eta = (time.Duration(float64(max(total-done, 0))/rate) * time.Second).String()
+			eta = (time.Duration(float64(total-done)/rate) * time.Second).String()
 		}
-		text = fmt.Sprintf("%3.0f %%  %d of about %d %s, %.0f/s, about %s left", 100*share, done, max(total, done), what, rate, eta)
-		if p.terminal {
-			full := int(share * barWidth)
+		text = fmt.Sprintf("%3.0f %%  %d of about %d %s, %.0f/s, %s left", 100*share, done, total, what, rate, eta)
+		if full := int(share * barWidth); p.columns != nil && barWidth+3+len(text) < p.columns() {
 			text = "[" + strings.Repeat("#", full) + strings.Repeat(".", barWidth-full) + "] " + text
 		}
 	}
-	if p.terminal {
-		fmt.Fprint(p.w, "\r\x1b[K"+text)
-		p.drawn = true
+	if p.columns == nil {
+		fmt.Fprintln(p.w, text)
 		return
 	}
-	fmt.Fprintln(p.w, text)
+	// A line that wraps could not be drawn over: the bar goes first, then what does not fit.
+	fmt.Fprint(p.w, "\r\x1b[K"+text[:min(len(text), max(p.columns()-1, 0))])
+	p.drawn = true
 }

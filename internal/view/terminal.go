@@ -119,8 +119,9 @@ func (t *Terminal) keys(ctx context.Context, quit func()) {
 	}
 }
 
-func (t *Terminal) size() (width, height int) {
-	width, height, err := term.GetSize(int(t.out.Fd()))
+// Size is that of a terminal, in characters; that of most if it does not say its own.
+func Size(f *os.File) (width, height int) {
+	width, height, err := term.GetSize(int(f.Fd()))
 	if err != nil || width <= 0 || height <= 0 {
 		return usualWidth, usualHeight
 	}

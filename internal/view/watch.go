@@ -80,7 +80,7 @@ func (o *Options) show(before, now, last *Snapshot) error {
 		return err
 	case o.Terminal != nil:
 		s := Screen{Color: o.Color, Title: o.Title, Hint: "every " + o.Every.String() + ", q quits"}
-		s.Width, s.Height = o.Terminal.size()
+		s.Width, s.Height = Size(o.Terminal.out)
 		return o.Terminal.draw(Frame(before, now, last, s))
 	}
 	_, err := io.WriteString(o.Out, strings.Join(Lines(before, now), "\n")+"\n")
