@@ -119,7 +119,7 @@ func (s *sidecar) repaired(t testing.TB, w *world, want map[string]int64) {
 // rare are metrics that no test of this package provokes, and why.
 var rare = map[string]string{
 	`cacheproxy_build_info`:                                            "always 1, and of the program",
-	`cacheproxy_redis_errors_total`:                                    "its reasons are words for outages, which outage_test.go goes through; here there are some",
+	`cacheproxy_redis_errors_total`:                                    "its reasons are words for outages; TestRedisRefusesWrites sees those that an alert names, here there are some",
 	`cacheproxy_circuit_state{state="unused",upstream="redis"}`:        "Redis is always used",
 	`cacheproxy_circuit_state{state="recovering",upstream="redis"}`:    "passes in a moment; TestMetrics of internal/metrics shows it",
 	`cacheproxy_circuit_state{state="recovering",upstream="postgres"}`: "Postgres never is",

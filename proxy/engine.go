@@ -60,7 +60,7 @@ func (c Config) withDefaults() Config {
 const maxConnections = 3
 
 // engine is the data path behind the sessions: the relation to Redis and to the store, and the protocols of
-// DESIGN 8 between them. Sessions hand it work and get answers as events.
+// docs/consistency.md between them. Sessions hand it work and get answers as events.
 type engine struct {
 	cfg     Config
 	id      string
@@ -202,8 +202,9 @@ func (e *engine) redisFailed(err error) {
 func (e *engine) repairMarks(ctx context.Context, refs []policy.Ref) {
 	for len(refs) > 0 {
 		n := min(len(refs), maxRepair)
-		if _, err := e.journal.repairMarks(ctx, refs[:n]); err != nil {
-			time.Sleep(heldPoll) // the writer tries again, a bounded number of times
+		struck, err := e.journal.repairMarks(ctx, refs[:n])
+		if err != nil || struck == 0 {
+			time.Sleep(heldPoll) // the writer tries again, a bounded number of times; what both journals name waits for the repair of its entry
 			return
 		}
 		refs = refs[n:]
@@ -217,7 +218,7 @@ const recoveryMargin = 15 * time.Second
 // recoveryTime bounds one recovery; what is not done by then is begun again at the next attempt.
 const recoveryTime = 60 * time.Second
 
-// recover makes Redis's copies right before they are trusted (DESIGN 8, "Restart and failover").
+// recover makes Redis's copies right before they are trusted (docs/consistency.md, "Outages, restarts, failovers").
 func (e *engine) recover(ctx context.Context, l *link) error {
 	if !e.storeInUse() {
 		return nil

@@ -72,7 +72,7 @@ const (
 	maxBatch = 256
 	// maxBatches in flight: more than the store's concurrent reads would only wait there.
 	maxBatches = 8
-	// heldWait: how long a reader waits for another's promotion before it asks the store itself (DESIGN 8).
+	// heldWait: how long a reader waits for another's promotion before it asks the store itself.
 	heldWait = 100 * time.Millisecond
 	// heldPoll: how often it looks. A load takes 1 to 5 ms.
 	heldPoll = 2 * time.Millisecond
@@ -226,7 +226,7 @@ func keysOf(loads []*load) (keys []string, refs []policy.Ref) {
 	return keys, refs
 }
 
-// viaRedis is the miss protocol of DESIGN 8. It returns the loads that must do without Redis.
+// viaRedis is the protocol of a miss (docs/consistency.md, "A read"). It returns the loads that must do without Redis.
 func (f *filler) viaRedis(ctx context.Context, loads []*load) (direct []*load) {
 	e := f.e
 	for try := 0; len(loads) > 0; try++ {

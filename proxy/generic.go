@@ -15,7 +15,7 @@ import (
 	"cacheproxy/policy"
 )
 
-// runner runs commands that only Redis can evaluate on routed keys: load, run, mirror (DESIGN 8). Each has a
+// runner runs commands that only Redis can evaluate on routed keys: load, run, mirror (docs/consistency.md, "Commands that only Redis can run"). Each has a
 // connection of its own while it runs, for it needs WATCH and MULTI.
 type runner struct {
 	e       *engine
@@ -264,10 +264,11 @@ type running struct {
 	tx     Tx     // nil: Postgres is down
 	number string // "0": the same
 	token  string
-	first  []bool       // keys whose truth is the store
-	rows   []policy.Row // as the locks found them
-	truth  []policy.Row // those of them that may be taken for what a key holds; the others are absent
-	redis  []keyReply   // what Redis has of them
+	first  []bool          // keys whose truth is the store
+	rows   []policy.Row    // as the locks found them
+	truth  []policy.Row    // those of them that may be taken for what a key holds; the others are absent
+	redis  []keyReply      // what Redis has of them
+	both   map[string]bool // keys that both journals name: the row wins
 
 	epoch   uint64
 	version string     // of the marks
@@ -343,7 +344,7 @@ func (r *refusalError) Error() string { return r.clear.text }
 func (st *running) judge(e *engine) (adopt []policy.Change, err error) {
 	for i, k := range st.redis {
 		switch {
-		case st.first[i] && k.mark != "":
+		case st.first[i] && k.mark != "" && !st.both[st.keys[i].Key]:
 			return nil, errMarked
 		case st.tx == nil && k.mark == "" && k.code == keyDone:
 			return nil, &refusalError{unavailable(st.routes[i], "the store may hold the key and cannot be asked")}
@@ -410,6 +411,10 @@ func (r *runner) runAlone(ctx context.Context, st *running) ([]byte, error) {
 	var adopt []policy.Change
 	err = r.prepare(ctx, conn, st)
 	if err == nil {
+		if no := r.bothName(ctx, st); no != nil {
+			healthy = conn.unwatch(e.cfg.Redis.Timeout) == nil
+			return st.refuse(no), nil
+		}
 		if adopt, err = st.judge(e); err != nil || len(adopt) > 0 {
 			if conn.unwatch(e.cfg.Redis.Timeout) != nil {
 				return nil, errOvertaken
@@ -521,8 +526,12 @@ func (r *runner) exec(conn *runConn, st *running) (reply []byte, err error) {
 	for i, k := range st.keys {
 		row, red := st.truth[i], st.redis[i]
 		// An unmarked row is the truth, also where Redis has a copy: that may be stale. So is one that both journals name.
-		load := row.State == policy.Live && red.code != keyOther && (red.mark == "" || r.e.journal.staleRedis(k.Key))
+		wins := red.mark == "" || st.both[k.Key]
+		load := row.State == policy.Live && red.code != keyOther && wins
 		b := beforeOf(red)
+		if red.mark != "" && wins {
+			add("HDEL", journalName, k.Key)
+		}
 		switch {
 		case load:
 			b.op, b.value, b.ends = "s", exact(st.routes[i], row, red), r.e.clocks.toRedis(row.ExpiresAt)
@@ -531,7 +540,7 @@ func (r *runner) exec(conn *runConn, st *running) (reply []byte, err error) {
 			} else {
 				add("SET", k.Key, string(b.value))
 			}
-		case row.State == policy.Tombstone && red.code == keyValue && red.mark == "":
+		case row.State == policy.Tombstone && red.code == keyValue && wins:
 			b.op = "d"
 			add("UNLINK", k.Key)
 		}
@@ -690,6 +699,24 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		e.lift(ctx, st.tx, st.redis)
 		return nil, errOvertaken
 	}
+	if no := r.bothName(ctx, st); no != nil {
+		return st.refuse(no), nil
+	}
+	if len(st.both) > 0 {
+		// Once: whoever marks a key from now on is newer.
+		forced := slices.Clone(argv)
+		for i, k := range st.keys {
+			if st.both[k.Key] {
+				forced[2+4*i] += "!"
+			}
+		}
+		if st.redis, err = e.up.script(ctx, scriptLoad, keys, append(forced, "own")...); err != nil {
+			return r.notLoaded(st, err), nil
+		}
+		if refused(st.redis) {
+			return nil, errOvertaken
+		}
+	}
 	if adopt, err := st.judge(e); err != nil || len(adopt) > 0 {
 		return r.again(ctx, st, adopt, err)
 	}
@@ -740,6 +767,23 @@ func (r *runner) runQueued(ctx context.Context, st *running) ([]byte, error) {
 		return e.stats.unsure(st.route(), "redis refused the end of the transaction").reply(nil), nil
 	}
 	return r.settle(ctx, st, reply), nil
+}
+
+// bothName finds the keys of a run that both journals name. It is refused if Postgres cannot tell.
+func (r *runner) bothName(ctx context.Context, st *running) (no *refusal) {
+	if st.tx == nil {
+		return nil
+	}
+	var err error
+	if st.both, err = r.e.bothName(ctx, st.tx, st.keys, st.redis); err != nil {
+		return unavailable(st.route(), "postgres cannot be reached")
+	}
+	for i, route := range st.routes {
+		if !route.Phase.Rules().ReadsStore { // see rowsRead
+			delete(st.both, st.keys[i].Key)
+		}
+	}
+	return nil
 }
 
 // notLoaded refuses a transaction whose keys could not be loaded.
@@ -1053,7 +1097,7 @@ func abs(n int64) int64 { return max(n, -n) }
 var (
 	// scriptLoad brings rows into Redis before a transaction that is queued there already. A copy that is right stays untouched, or a
 	// client that watches it would see it change. ARGV: number, then per key "1" if its truth is the store, its row ("0" none, "1"
-	// live, "t" tombstone), value and when it ends (ms, -1 never); at the end "own" if the number is there already, and the caller's. Answers what Redis has then: [1] nothing, [6] something, or [7] a value
+	// live, "t" tombstone; with a "!" its mark goes, for both journals name it and the row wins), value and when it ends (ms, -1 never); at the end "own" if the number is there already, and the caller's. Answers what Redis has then: [1] nothing, [6] something, or [7] a value
 	// that the store lacks.
 	scriptLoad = newScript("load", redisWrite, `
 local n = tonumber(ARGV[1])
@@ -1065,9 +1109,13 @@ for i = 2, #KEYS, 2 do
   if n > 0 and (n < f or n == f and ARGV[#ARGV] ~= 'own') then r[#r+1] = {9, '', f, ''}
   else
     if n > 0 then put(L, n, '', 0) end
-    local m = redis.call('HGET', J, K) or ''
     local ty = kind(K)
     local row, v, ttl = ARGV[a+1], ARGV[a+2], ARGV[a+3]
+    if string.sub(row, 2) == '!' then
+      redis.call('HDEL', J, K)
+      row = string.sub(row, 1, 1)
+    end
+    local m = redis.call('HGET', J, K) or ''
     if m == '' and row == '1' and (ty == 'none' or ty == 'string') then
       local left = ends(K)
       if ty == 'none' or redis.call('GET', K) ~= v or (left < 0) ~= (ttl == '-1') or left >= 0 and math.abs(left - tonumber(ttl)) > 1000 then

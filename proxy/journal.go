@@ -528,7 +528,7 @@ func (j *journal) putBack(ctx context.Context, keys, versions []string) error {
 	return nil
 }
 
-// repair makes the copies of journaled keys equal again (DESIGN 8, "Journals").
+// repair makes the copies of journaled keys equal again (docs/consistency.md, "Journals and repair").
 func (j *journal) repair(ctx context.Context) error {
 	j.mu.Lock()
 	marks := maps.Clone(j.marks)

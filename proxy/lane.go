@@ -398,7 +398,7 @@ func (l *lane) write() {
 		}
 		l.mu.Unlock()
 		// Yield once: the clients that are ready to run add their requests to this write. Measured at 50
-		// connections without a pipeline: half as much throughput again (DESIGN 7).
+		// connections without a pipeline: half as much throughput again.
 		runtime.Gosched()
 		l.mu.Lock()
 		c, gen := l.conn, l.gen

@@ -17,7 +17,7 @@ import (
 
 // loop drives the sessions of many clients, and the lanes that they share, in one goroutine over epoll. In a turn it reads every client that has said
 // something, gives Redis in one write what all of them asked, and answers each client in one write. Almost all that a proxy costs is system calls
-// and wake-ups; this way a busy one needs few of either (DESIGN 7).
+// and wake-ups; this way a busy one needs few of either.
 type loop struct {
 	log   *zap.Logger
 	ep    *poller

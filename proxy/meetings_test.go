@@ -617,3 +617,63 @@ func TestNumberIsGivenTwice(t *testing.T) {
 		}
 	}
 }
+
+// Both journals name a key: an entry "Redis is stale", and a mark that was struck and that a failover has brought back with what Redis had then. The row wins, also
+// one that says that the key was deleted, and also where the last poll does not know the entry yet.
+func TestBothJournalsNameAKey(t *testing.T) {
+	const swap = `local v = redis.call('GET', KEYS[1]); redis.call('SET', KEYS[1], ARGV[1]); return v`
+	w := newWorld(t)
+	link := testenv.NewLink(t, w.redis.Addr())
+	one := w.start(sidecarOptions{redisURL: "redis://" + link.Addr() + "/0", routes: []policy.Route{route(policy.Phase1)}})
+	two := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase2)}, change: func(cfg *proxy.ServerConfig) { cfg.Poll = time.Minute }})
+	a, b := one.dial(t), two.dial(t)
+	a.want("+OK", "SET", "probe", "1")
+	link.Cut()
+	w.until("the outage of redis is seen", func() bool { a.do("GET", "probe"); return one.srv.Health().Redis.Status == "down" })
+	left := map[string]string{}
+	for _, c := range []struct {
+		name         string
+		live, gone   string // the answer
+		after, ended string // what the key holds then
+		run          func(k string) string
+	}{
+		{"DEL", ":1", ":0", "(nil)", "(nil)", func(k string) string { return b.do("DEL", k) }},
+		{"GETSET", "new", "(nil)", "x", "x", func(k string) string { return b.do("GETSET", k, "x") }},
+		{"SET NX", "(nil)", "+OK", "new", "x", func(k string) string { return b.do("SET", k, "x", "NX") }},
+		{"EVAL", "new", "(nil)", "x", "x", func(k string) string { return b.do("EVAL", swap, "1", k, "x") }},
+		{"MULTI", "[new +OK]", "[(nil) +OK]", "x", "x", func(k string) string {
+			b.want("+OK", "MULTI")
+			b.want("+QUEUED", "GET", k)
+			b.want("+QUEUED", "SET", k, "x")
+			return b.do("EXEC")
+		}},
+		{"MULTI that reads", "[new]", "[(nil)]", "new", "(nil)", func(k string) string {
+			b.want("+OK", "MULTI")
+			b.want("+QUEUED", "GET", k)
+			return b.do("EXEC")
+		}},
+	} {
+		for _, gone := range []bool{false, true} {
+			k, want := c.name+" live", c.live
+			if gone {
+				k, want = c.name+" gone", c.gone
+			}
+			left[k] = map[bool]string{false: c.after, true: c.ended}[gone]
+			a.want("+OK", "SET", k, "new")
+			if gone {
+				a.want(":1", "DEL", k)
+			}
+			w.raw.want("+OK", "SET", k, "old")
+			w.raw.want(":1", "HSET", "cacheproxy:journal", k, "struck.1")
+			if got := c.run(k); got != want {
+				t.Errorf("%s: %q, want %q", k, got, want)
+			}
+		}
+	}
+	link.Heal()
+	w.journalEmpty()
+	for k, want := range left {
+		a.want(want, "GET", k)
+		b.want(want, "GET", k)
+	}
+}

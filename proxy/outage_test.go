@@ -169,6 +169,12 @@ func TestBlackHole(t *testing.T) {
 
 // Redis that answers, but with an error that stands for an outage.
 func TestRedisRefusesWrites(t *testing.T) {
+	counted := func(t *testing.T, s *sidecar, reason string) {
+		t.Helper()
+		if n := s.srv.Stats(t.Context()).Redis.Errors[reason]; n == 0 {
+			t.Errorf("no error is counted as %s", reason)
+		}
+	}
 	t.Run("oom", func(t *testing.T) {
 		w := newWorld(t)
 		s := w.sidecar(policy.Phase1)
@@ -180,6 +186,7 @@ func TestRedisRefusesWrites(t *testing.T) {
 		c.want("new", "GET", "k")
 		c.want("+OK", "SET", "fresh", "x")
 		c.want("x", "GET", "fresh")
+		counted(t, s, "oom")
 		w.raw.want("+OK", "CONFIG", "SET", "maxmemory", "0")
 		w.journalEmpty()
 		c.want("new", "GET", "k")
@@ -194,6 +201,7 @@ func TestRedisRefusesWrites(t *testing.T) {
 		w.raw.want("+OK", "CONFIG", "SET", "min-replicas-to-write", "1") // -NOREPLICAS: refuses writes as MISCONF does
 		c.want("+OK", "SET", "k", "new")
 		c.want("new", "GET", "k")
+		counted(t, s, "misconf")
 		w.raw.want("+OK", "CONFIG", "SET", "min-replicas-to-write", "0")
 		w.journalEmpty()
 		c.want("new", "GET", "k")
@@ -208,6 +216,7 @@ func TestRedisRefusesWrites(t *testing.T) {
 		w.raw.want("+OK", "REPLICAOF", host, port)
 		c.want("+OK", "SET", "k", "new")
 		c.want("new", "GET", "k")
+		counted(t, s, "readonly")
 		w.raw.want("+OK", "REPLICAOF", "NO", "ONE")
 		w.until("redis is trusted again", func() bool { return s.srv.Health().Redis.Status == "connected" })
 		c.want("new", "GET", "k")

@@ -391,7 +391,7 @@ func (j *journal) lenMarks() (n int) {
 
 // ---- statistics ----
 
-// Stats is the answer of GET /cache/stats and CACHEPROXY STATS (DESIGN 6).
+// Stats is the answer of GET /cache/stats and CACHEPROXY STATS; docs/metrics.md says what each figure is.
 type Stats struct {
 	MigrationPhase string       `json:"migration_phase"`
 	Performance    Performance  `json:"performance"`

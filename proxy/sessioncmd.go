@@ -576,7 +576,7 @@ func (s *session) fences(sl *slot) bool {
 	return sl.class == policy.Flush && s.e.storeInUse() && (s.atHome() || !foldEqual(sl.args[0], "flushdb"))
 }
 
-// flush empties Redis and makes the rows dead, in one step for all sidecars (DESIGN 8, "Store fence").
+// flush empties Redis and makes the rows dead, in one step for all sidecars (docs/consistency.md, "Fences").
 func (s *session) flush(sl *slot) {
 	s.begin(sl)
 	if !s.fences(sl) {

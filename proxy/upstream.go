@@ -22,7 +22,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// outage is a closed list: why Redis, or one command of ours in it, could not be had (DESIGN P8).
+// outage is a closed list: why Redis, or one command of ours in it, could not be had.
 type outage string
 
 const (
@@ -707,7 +707,7 @@ func (u *upstream) refused(why outage) {
 }
 
 // attempt is one try to make Redis trusted: dial, kill what the old connections still have in flight,
-// repair, serve, in this order (DESIGN 8, "Old connections").
+// repair, serve, in this order (docs/consistency.md, "Outages, restarts, failovers").
 func (u *upstream) attempt(ctx context.Context) error {
 	u.mu.Lock()
 	if u.last != nil {

@@ -32,7 +32,7 @@ type writeOp struct {
 func (op *writeOp) refuse(c *refusal) { op.done(c.reply(nil), false) }
 
 // writer commits writes in groups: while one group is on its way, what arrives gathers into the next, so
-// that many clients share one transaction and one script (DESIGN 8, "Key lock").
+// that many clients share one transaction and one script (docs/consistency.md, "A write in phase0 and phase1").
 type writer struct {
 	e     *engine
 	mu    sync.Mutex
@@ -294,6 +294,7 @@ type keyState struct {
 	on     bool     // written in Redis: it is marked there, because the store went away, or no row can hold it
 	odd    bool     // Redis alone has it, and its row cannot: it came there without us, and is not JSON
 	stays  bool     // and it is that still
+	both   bool     // both journals name it, and the row wins
 }
 
 // alone: the store has no place for the key, or not for what it holds.
@@ -481,7 +482,7 @@ func (c *clocks) rowLife(at int64) policy.Expiry {
 	return policy.Expiry{Kind: policy.ExpiresAt, MS: c.toStore(at)}
 }
 
-// storeFirst is the write of phase0 and phase1 (DESIGN 8):
+// storeFirst is the write of phase0 and phase1 (docs/consistency.md):
 //
 //	1 lock the keys in Postgres and read their rows    2 invalidate in Redis and take the leases
 //	3 change the rows and COMMIT, with a journal entry "Redis is stale" if step 2 failed
@@ -1119,6 +1120,16 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		}
 		for i, s := range g.states {
 			s.redis = rs[i]
+		}
+		var named map[string]bool
+		if locked {
+			if named, err = e.bothName(ctx, tx, g.refs(), rs); err != nil {
+				w.withoutStore(ctx, ops, err)
+				return
+			}
+		}
+		for _, s := range g.states {
+			s.both = named[s.ref.Key]
 			s.fromRedis(e, g, locked)
 		}
 	}
@@ -1290,6 +1301,25 @@ func (g *group) any(s *keyState, is func(*writeOp) bool) bool {
 	return false
 }
 
+// bothName tells which of keys, whose rows are locked, both journals name: there the row wins, a deleted one too. The entries are those of the moment, and not
+// of the last poll: a mark that was struck may be back.
+//
+//	1 SET k in phase2 marks k, drops its row, strikes the mark    2 Redis fails over to a replica that has the SET and not the strike
+//	3 a sidecar in phase1 that does not trust Redis yet commits DEL k, with an entry    4 to us, in phase2, k is marked, and Redis has what was deleted
+func (e *engine) bothName(ctx context.Context, tx Tx, refs []policy.Ref, reds []keyReply) (map[string]bool, error) {
+	var keys []string
+	for i, row := range tx.Rows() {
+		if reds[i].mark != "" && speaks(row) {
+			keys = append(keys, refs[i].Key)
+		}
+	}
+	if len(keys) == 0 {
+		return nil, nil
+	}
+	named, err := tx.Named(ctx, keys)
+	return named, e.store.note("named", err)
+}
+
 // fromRedis decides what a key holds when Redis is the truth unless an unmarked row says otherwise.
 func (s *keyState) fromRedis(e *engine, g *group, locked bool) {
 	s.now = e.replyValue(s.redis)
@@ -1306,7 +1336,7 @@ func (s *keyState) fromRedis(e *engine, g *group, locked bool) {
 		if s.now.Exists {
 			s.now.Data = exact(s.route, s.row, s.redis)
 		}
-	case row && s.row.State == policy.Live && s.redis.mark != "" && e.journal.staleRedis(s.ref.Key):
+	case row && s.both:
 		s.now = e.rowValue(s.row)
 	case !locked && absent && s.redis.mark == "" && g.needs(s):
 		// The store may hold the key and cannot be asked. What does not depend on it may go on.

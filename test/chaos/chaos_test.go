@@ -61,27 +61,30 @@ func chaosLength() (time.Duration, error) {
 
 // fleets are the phases that sidecars have beside each other: each, and each two adjacent ones.
 var fleets = []fleet{
-	{"phase0", []string{"phase0", "phase0"}, "any"}, {"phase0+phase1", []string{"phase0", "phase1"}, "any"}, {"phase1", []string{"phase1", "phase1", "phase1"}, "any"},
-	{strict, []string{"phase1", "phase1"}, "both"},
-	{"phase1+phase2", []string{"phase1", "phase2"}, "any"}, {"phase2", []string{"phase2", "phase2"}, "any"}, {"phase2+drain", []string{"phase2", "drain"}, "any"},
-	{"drain", []string{"drain", "drain"}, "any"}, {"drain+phase3", []string{"drain", "phase3"}, "any"}, {"phase3", []string{"phase3", "phase3"}, "any"},
+	{name: "phase0", phases: []string{"phase0", "phase0"}}, {name: "phase0+phase1", phases: []string{"phase0", "phase1"}}, {name: "phase1", phases: []string{"phase1", "phase1", "phase1"}},
+	{name: strict, phases: []string{"phase1", "phase1"}, policy: "both"},
+	{name: "phase1+phase2", phases: []string{"phase1", "phase2"}}, {name: "phase2", phases: []string{"phase2", "phase2"}}, {name: "phase2+drain", phases: []string{"phase2", "drain"}},
+	{name: "drain", phases: []string{"drain", "drain"}}, {name: "drain+phase3", phases: []string{"drain", "phase3"}}, {name: "phase3", phases: []string{"phase3", "phase3"}},
+	{name: "column, phase0+phase1", phases: []string{"phase0", "phase1"}, column: true}, {name: "column, phase1", phases: []string{"phase1", "phase1"}, column: true},
+	{name: "column, phase1+phase2", phases: []string{"phase1", "phase2"}, column: true},
 }
 
 // strict is the fleet that acknowledges only what both stores have, so that no exception is for it: nothing is late, miscounted or lost.
 const strict = "phase1, both"
 
 // travellers go through all phases.
-var travellers = fleet{"phases", []string{"phase0", "phase0", "phase0"}, "any"}
+var travellers = fleet{name: "phases", phases: []string{"phase0", "phase0", "phase0"}}
 
 type fleet struct {
 	name   string
 	phases []string
-	policy string // write_policy
+	policy string // write_policy; "": the default
+	column bool   // the values stand in a column of the application's
 }
 
 // options are those of its sidecars. On the way through the phases no store fails, and a busy machine must not look as if one did.
 func (f fleet) options(program string) options {
-	return options{program: program, policy: f.policy, patient: f.name == travellers.name}
+	return options{program: program, policy: f.policy, column: f.column, patient: f.name == travellers.name}
 }
 
 func (f fleet) has(phase string) bool { return slices.Contains(f.phases, phase) }
@@ -243,6 +246,9 @@ func TestChaos(t *testing.T) {
 func rarest(f fleet, rng *rand.Rand, all map[cell]*outcome) (n nemesis) {
 	least := math.MaxInt
 	for _, i := range rng.Perm(len(nemeses)) {
+		if nemeses[i].flushes && f.column { // which is refused there
+			continue
+		}
 		runs := 0
 		for at, o := range all {
 			if at.nemesis == nemeses[i].name {
@@ -332,7 +338,7 @@ func newRun(t *testing.T, c *cluster, f fleet, n nemesis, seed uint64) *run {
 	if f.name != strict && f.has("phase1") && (n.apart || n.storeless && f.has("phase0")) {
 		r.most = unseen
 	}
-	r.traffic = traffic{c: c, t: t, prefix: fmt.Sprintf("r%d", runs.Add(1)), seed: seed, began: time.Now(), stop: make(chan struct{}), forgetful: n.forgets && r.redisAlone,
+	r.traffic = traffic{c: c, t: t, prefix: fmt.Sprintf("r%d", runs.Add(1)), numeric: f.column, seed: seed, began: time.Now(), stop: make(chan struct{}), forgetful: n.forgets && r.redisAlone,
 		uncounted: f.name != strict && (n.storeless || n.apart && r.redisAlone && f.has("phase1"))}
 	return r
 }
@@ -342,6 +348,9 @@ func (r *run) name() rerun { return rerun{r.fleet.name, r.nemesis.name, r.seed} 
 
 // judge lets clients and the nemesis work for a time, and says what it found.
 func (r *run) judge(length time.Duration) (o outcome) {
+	if r.column {
+		r.c.rows(r.t, r.prefix)
+	}
 	var wg sync.WaitGroup
 	for i := range clients {
 		wg.Go(func() { r.client(i + 1) })

@@ -65,6 +65,7 @@ type options struct {
 	poll    time.Duration // journal.poll; 0: the default
 	steps   bool          // their messages to the stores can be looked at
 	query   time.Duration // postgres.timeout; 0: storeWait
+	column  bool          // the values stand in a column of the application's
 	patient bool          // they wait for the stores as long as a busy machine may take, for no store is to be down
 }
 
@@ -80,6 +81,9 @@ func newCluster(t *testing.T, o options, phases ...string) *cluster {
 	defer cancel()
 	if err := c.pg.CreateDatabase(ctx, "app"); err != nil {
 		t.Fatal(err)
+	}
+	if o.column {
+		c.sql(t, "CREATE TABLE caches (id text PRIMARY KEY, cache jsonb, name text)")
 	}
 	for _, phase := range phases {
 		s := &sidecar{t: t, options: o, toRedis: testenv.NewLink(t, c.redis().Addr()), toStore: testenv.NewLink(t, c.pg.Addr())}
@@ -113,6 +117,10 @@ func (s *sidecar) configure(c *cluster, phase string) {
 	if s.patient {
 		wait, dial, query = patientWait, patientWait, patientWait
 	}
+	match, store := "*", ""
+	if s.column {
+		match, store = "{id}", ", store: {kind: column, table: caches, key_column: id, value_column: cache}"
+	}
 	text := fmt.Sprintf(`
 listen: {address: %q}
 observe: {address: %q}
@@ -121,9 +129,9 @@ health: {ready_requires: all}
 redis: {url: "redis://%s/0", timeout: %v, dial_timeout: %v}
 postgres: {url: %q, timeout: %v}
 log: {level: warn}
-routes: [{name: all, match: "*", phase: %s, write_policy: %s, on_unknown: error}]
+routes: [{name: all, match: %q, phase: %s, write_policy: %s, on_unknown: error%s}]
 journal: {poll: %v}
-`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, phase, cmp.Or(s.policy, "any"), cmp.Or(s.poll, journalPoll))
+`, s.addr, s.observe, s.toRedis.Addr(), wait, dial, c.pg.URLVia(s.toStore.Addr(), "app"), query, match, phase, cmp.Or(s.policy, "any"), store, cmp.Or(s.poll, journalPoll))
 	// Written beside and moved into place, so that it is never read in half.
 	if err := os.WriteFile(s.config+".new", []byte(text), 0o600); err != nil {
 		s.t.Error(err)
@@ -313,6 +321,26 @@ func (c *cluster) unrepaired(t *testing.T) (longest time.Duration) {
 		longest = max(longest, time.Duration(max(stats.Journal.RedisStale, stats.Journal.StoreStale)*float64(time.Second)))
 	}
 	return longest
+}
+
+// rows are those of every key that a run may have: it never has more than these.
+func (c *cluster) rows(t *testing.T, prefix string) {
+	c.sql(t, "INSERT INTO caches (id) SELECT $1::text || 'k' || i FROM generate_series(0, 1999) i", prefix)
+	c.sql(t, "INSERT INTO caches (id) SELECT $1::text || 't' || n || '-' || i FROM generate_series(0, 3) n, generate_series(0, 1999) i", prefix)
+}
+
+func (c *cluster) sql(t *testing.T, text string, args ...any) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	pg, err := pgx.Connect(ctx, c.pg.URL("app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pg.Close(ctx) //nolint:errcheck // what was done is done
+	if _, err := pg.Exec(ctx, text, args...); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // journals waits until neither store is journaled as stale, and returns how long that took.

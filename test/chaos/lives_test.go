@@ -148,12 +148,12 @@ func (r *run) beget(conns []*redis.Client, rng *rand.Rand, name string, ttl time
 	switch kind {
 	case 0:
 		x.how = "PEXPIRE"
-		return x, say("SET", name, "v") && say("PEXPIRE", name, ttl.Milliseconds())
+		return x, say("SET", name, "1") && say("PEXPIRE", name, ttl.Milliseconds())
 	case 1:
 		x.how, x.ttl = "PERSIST", 0
-		return x, say("SET", name, "v", "PX", ttl.Milliseconds()) && say("PERSIST", name)
+		return x, say("SET", name, "1", "PX", ttl.Milliseconds()) && say("PERSIST", name)
 	}
-	return x, say("SET", name, "v", "PX", ttl.Milliseconds())
+	return x, say("SET", name, "1", "PX", ttl.Milliseconds())
 }
 
 // judgeLives judges all reads, when it is known what was lost meanwhile.

@@ -26,7 +26,9 @@ type nemesis struct {
 	forgets bool
 	// once: it ends by itself, and the run with it.
 	once bool
-	do   func(r *run, rng *rand.Rand)
+	// flushes: it says FLUSHALL through sidecars.
+	flushes bool
+	do      func(r *run, rng *rand.Rand)
 }
 
 // sleep waits between min and max. false: it is over.
@@ -161,7 +163,7 @@ var nemeses = []nemesis{
 	{name: "half-open postgres", storeless: true, do: func(r *run, rng *rand.Rand) {
 		r.halfOpen(rng, func(s *sidecar) *testenv.Link { return s.toStore })
 	}},
-	{name: "flush", do: func(r *run, rng *rand.Rand) {
+	{name: "flush", flushes: true, do: func(r *run, rng *rand.Rand) {
 		for r.sleep(rng, 50*ms, 200*ms) {
 			r.flush(rng)
 			r.faults.Add(1)

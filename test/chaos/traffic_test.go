@@ -54,6 +54,7 @@ type traffic struct {
 	began  time.Time
 	stop   chan struct{}
 
+	numeric              bool // all values are numbers, as JSON has them too
 	forgetful, uncounted bool // as in input
 
 	mu   sync.Mutex
@@ -85,7 +86,7 @@ func (tr *traffic) keyAt(i int) *key {
 		}
 	}
 	if k == nil {
-		k = &key{name: fmt.Sprint(tr.prefix, "k", len(tr.keys)), numbers: i%3 == 0}
+		k = &key{name: fmt.Sprint(tr.prefix, "k", len(tr.keys)), numbers: tr.numeric || i%3 == 0}
 		tr.at[i] = k
 		tr.keys = append(tr.keys, k)
 	}

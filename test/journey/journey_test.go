@@ -319,14 +319,10 @@ func TestJourney(t *testing.T) {
 			do(s)
 		}
 	}
-	// step moves the fleet on, one sidecar after the other, and writes the phase into their files.
-	step := func(way, phase string, force bool) {
+	// step moves the fleet on, one sidecar after the other, each as soon as nothing speaks against it, and writes the phase into their files.
+	step := func(way, phase string) {
 		t.Helper()
-		args := []string{"phase", "--route", "report", way}
-		if force {
-			args = append(args, "--force")
-		}
-		all(func(s *sidecar) { s.soon(args...); s.write(phase); time.Sleep(time.Second) })
+		all(func(s *sidecar) { s.soon("phase", "--route", "report", way); s.write(phase); time.Sleep(time.Second) })
 	}
 
 	// 1 adopt
@@ -363,21 +359,21 @@ func TestJourney(t *testing.T) {
 	first.run(0, "verify", "--route", "report", "--sample", "20000")
 
 	// 4 phase1: half of the call sites move, and the way back is tried
-	step("--advance", "phase1", false)
+	step("--advance", "phase1")
 	time.Sleep(rest)
-	step("--rollback", "phase0", true) // keys that only Redis has: none, for those of rows that others emptied are rows too
-	step("--advance", "phase1", false)
+	step("--rollback", "phase0") // no key is in Redis alone: those whose column others have emptied have a row too
+	step("--advance", "phase1")
 	a.viaSQL.Store(500)
 	time.Sleep(rest)
 	first.run(0, "verify", "--route", "report", "--sample", "20000")
 
 	// 5 phase2: all have moved but a forgotten job
 	a.viaSQL.Store(20)
-	step("--advance", "phase2", true) // values live for ever here, so there is no time to wait for; the hit rate is that of random keys
+	step("--advance", "phase2")
 	time.Sleep(rest)
-	step("--rollback", "phase1", true)
+	step("--rollback", "phase1")
 	first.run(0, "migrate", "--route", "report", "--reverse")
-	step("--advance", "phase2", true)
+	step("--advance", "phase2")
 	time.Sleep(rest)
 
 	// 6 leave Postgres
@@ -385,9 +381,9 @@ func TestJourney(t *testing.T) {
 	time.Sleep(2 * (poll + noticed))
 	first.run(0, "migrate", "--route", "report")
 	first.soon("verify", "--route", "report", "--complete", "--sample", "20000")
-	step("--advance", "drain", true)
+	step("--advance", "drain")
 	time.Sleep(rest)
-	step("--advance", "phase3", true)
+	step("--advance", "phase3")
 	time.Sleep(rest)
 
 	// 7 finish
