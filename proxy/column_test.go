@@ -589,7 +589,15 @@ func TestColumnThatTheServerRefuses(t *testing.T) {
 				key := fmt.Sprintf("report:%d", i%10+1)
 				if i < 10 {
 					c.want("+OK", "SET", key, fmt.Sprint(n))
-				} else if got := c.do("SET", key, `"odd"`); !strings.HasPrefix(got, "-NOTJSON") {
+					continue
+				}
+				// Where others set the key too, they may be in the same group, of which the server sees the last value alone.
+				alone := i == 19
+				if alone {
+					key = "report:0"
+				}
+				got := c.do("SET", key, `"odd"`, "GET")
+				if !strings.HasPrefix(got, "-NOTJSON") && (alone || strings.Contains(got, "odd")) {
 					t.Errorf("SET answers %q", got)
 				}
 			}
