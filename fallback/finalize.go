@@ -319,7 +319,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 		if p.Goes, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
 			return err
 		}
-		if ours { // or the rows of a column that is made and adopted again would be dead
+		if ours { // it speaks of a column that is gone; another one gets another route (docs/columns.md)
 			p.first = append(p.first, "DELETE FROM cacheproxy.generations WHERE scope = "+literalSQL(columnScope(r.Route)))
 		}
 		p.drop = "ALTER TABLE " + p.table.Sanitize() + " DROP COLUMN " + pgx.Identifier{c.Column}.Sanitize()
