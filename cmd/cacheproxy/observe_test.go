@@ -138,6 +138,48 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
+// What the README for Kubernetes has for a Prometheus without the Operator is a configuration, and its job is one that CacheproxyDown looks at.
+func TestScrapeConfigOfREADME(t *testing.T) {
+	readme, err := os.ReadFile("../../deploy/k8s/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(readme), "\n  scrape_configs:\n")
+	block, _, ok := strings.Cut(block, "  ```")
+	if !ok {
+		t.Fatal("the README has no scrape_configs")
+	}
+	block = "scrape_configs:\n" + strings.ReplaceAll("\n"+block, "\n  ", "\n")
+	// Debian's promtool does not know how pods are discovered; the rest it does.
+	const discovery = "kubernetes_sd_configs: [{role: pod}]"
+	if !strings.Contains(block, discovery) {
+		t.Fatalf("the README has no %s", discovery)
+	}
+	block = strings.Replace(block, discovery, "static_configs: [{targets: [pod]}]", 1)
+	path := filepath.Join(t.TempDir(), "prometheus.yml")
+	for _, c := range []struct {
+		text string
+		ok   bool
+	}{{block, true}, {strings.Replace(block, "action: keep", "action: retain", 1), false}} {
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(tool(t, "promtool"), "check", "config", path).CombinedOutput(); (err == nil) != c.ok {
+			t.Errorf("%v %s\n%s", err, out, c.text)
+		}
+	}
+	name := regexp.MustCompile(`job_name: (\S+)`).FindStringSubmatch(block)
+	down := regexp.MustCompile(`up\{job=~"(.*)"\}`).FindStringSubmatch(alerts(t)[0].Expr)
+	if name == nil || down == nil || !regexp.MustCompile("^(?:"+down[1]+")$").MatchString(name[1]) {
+		t.Errorf("%s does not look at the job %v", alerts(t)[0].Name, name)
+	}
+	for _, part := range []string{`[__meta_kubernetes_namespace], target_label: namespace}`, "__meta_kubernetes_pod_label_cacheproxy_dev_injected", "regex: true;cp-observe"} {
+		if !strings.Contains(block, part) {
+			t.Errorf("the README has no %s", part)
+		}
+	}
+}
+
 // prometheus is a real one that scrapes the site.
 type prometheus struct {
 	t       *testing.T
