@@ -62,6 +62,9 @@ func alerts(t *testing.T) (all []alert) {
 	return all
 }
 
+// grouping is how an expression of an alert takes series together: an aggregation with its labels, if it has any, or the labels by which two match.
+var grouping = regexp.MustCompile(`\b(?:sum|min|max|count|avg|on)\b(?:(?: by)? ?\(([a-z_, ]*)\))?`)
+
 // Each alert is raised by what it is about and not by what looks like it, as promtool sees it, and says where to read on.
 func TestAlertRules(t *testing.T) {
 	promtool := tool(t, "promtool")
@@ -93,6 +96,12 @@ func TestAlertRules(t *testing.T) {
 				t.Errorf("%s has no %s in %s", a.Name, part, runbook)
 			}
 		}
+		// Without them applications that know nothing of one another would be added up.
+		for _, m := range grouping.FindAllStringSubmatch(a.Expr, -1) {
+			if !strings.HasPrefix(m[1]+", ", "namespace, job, ") {
+				t.Errorf("%s takes together what is not of one job: %s", a.Name, m[0])
+			}
+		}
 		if !regexp.MustCompile(`alertname: ` + a.Name + `\n\s+eval_time: \S+\n\s+exp_alerts:\n`).Match(tests) {
 			t.Errorf("nothing raises %s in %s", a.Name, alertsTests)
 		}
@@ -112,7 +121,10 @@ func TestAlertRules(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "alerts_test.yaml"), tests, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, change := range [][2]string{{"> 60\n", "> 600\n"}, {"for: 30m", "for: 3m"}, {`source!="redis"`, `source="redis"`}, {"humanizePercentage", "humanize"}} {
+	for _, change := range [][2]string{{"> 60\n", "> 600\n"}, {"for: 30m", "for: 3m"}, {`source!="redis"`, `source="redis"`}, {"humanizePercentage", "humanize"},
+		{"== 2\n", ">= 1\n"}, {"phase2|drain|phase3", "drain|phase3"}, {`{phase="phase3"}`, `{phase="drain"}`},
+		{"count by (namespace, job, upstream)", "count by (job, upstream)"}, {`and on (namespace, job, route) cacheproxy_route_info{phase=~"phase2`, `and on (route) cacheproxy_route_info{phase=~"phase2`},
+	} {
 		wrong := strings.Replace(string(rules), change[0], change[1], 1)
 		if wrong == string(rules) {
 			t.Fatalf("the rules have no %q", change[0])
@@ -122,6 +134,48 @@ func TestAlertRules(t *testing.T) {
 		}
 		if exec.Command(promtool, "test", "rules", filepath.Join(dir, "alerts_test.yaml")).Run() == nil {
 			t.Errorf("%q instead of %q passes the tests", change[1], change[0])
+		}
+	}
+}
+
+// What the README for Kubernetes has for a Prometheus without the Operator is a configuration, and its job is one that CacheproxyDown looks at.
+func TestScrapeConfigOfREADME(t *testing.T) {
+	readme, err := os.ReadFile("../../deploy/k8s/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(readme), "\n  scrape_configs:\n")
+	block, _, ok := strings.Cut(block, "  ```")
+	if !ok {
+		t.Fatal("the README has no scrape_configs")
+	}
+	block = "scrape_configs:\n" + strings.ReplaceAll("\n"+block, "\n  ", "\n")
+	// Debian's promtool does not know how pods are discovered; the rest it does.
+	const discovery = "kubernetes_sd_configs: [{role: pod}]"
+	if !strings.Contains(block, discovery) {
+		t.Fatalf("the README has no %s", discovery)
+	}
+	block = strings.Replace(block, discovery, "static_configs: [{targets: [pod]}]", 1)
+	path := filepath.Join(t.TempDir(), "prometheus.yml")
+	for _, c := range []struct {
+		text string
+		ok   bool
+	}{{block, true}, {strings.Replace(block, "action: keep", "action: retain", 1), false}} {
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(tool(t, "promtool"), "check", "config", path).CombinedOutput(); (err == nil) != c.ok {
+			t.Errorf("%v %s\n%s", err, out, c.text)
+		}
+	}
+	name := regexp.MustCompile(`job_name: (\S+)`).FindStringSubmatch(block)
+	down := regexp.MustCompile(`up\{job=~"(.*)"\}`).FindStringSubmatch(alerts(t)[0].Expr)
+	if name == nil || down == nil || !regexp.MustCompile("^(?:"+down[1]+")$").MatchString(name[1]) {
+		t.Errorf("%s does not look at the job %v", alerts(t)[0].Name, name)
+	}
+	for _, part := range []string{`[__meta_kubernetes_namespace], target_label: namespace}`, "__meta_kubernetes_pod_label_cacheproxy_dev_injected", "regex: true;cp-observe"} {
+		if !strings.Contains(block, part) {
+			t.Errorf("the README has no %s", part)
 		}
 	}
 }
@@ -136,7 +190,7 @@ func (s *site) scrapedBy() *prometheus {
 	s.t.Helper()
 	p := &prometheus{s.t, fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(s.t))}
 	config := filepath.Join(s.dir, "prometheus.yml")
-	text := fmt.Sprintf("global: {scrape_interval: 1s}\nscrape_configs:\n  - {job_name: cacheproxy, static_configs: [{targets: [%q]}]}\n", s.observe)
+	text := fmt.Sprintf("global: {scrape_interval: 1s}\nscrape_configs:\n  - {job_name: cacheproxy, static_configs: [{targets: [%q], labels: {namespace: shop}}]}\n", s.observe)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)
 	}
@@ -218,7 +272,7 @@ func panels(t *testing.T) map[string][]string {
 	if err := json.Unmarshal(b, &d); err != nil {
 		t.Fatal(err)
 	}
-	known := strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*", "$route", ".*")
+	known := strings.NewReplacer("$__rate_interval", "1m", "$namespace", ".*", "$job", ".*", "$instance", ".*", "$route", ".*")
 	out, ids := map[string][]string{}, map[int]bool{}
 	for _, p := range d.Panels {
 		if ids[p.ID] || p.Title == "" {
@@ -226,6 +280,11 @@ func panels(t *testing.T) map[string][]string {
 		}
 		ids[p.ID] = true
 		for _, target := range p.Targets {
+			for _, sel := range selector.FindAllString(target.Expr, -1) {
+				if !strings.Contains(sel, `{namespace=~"$namespace",job=~"$job",instance=~"$instance"`) {
+					t.Errorf("%s does not heed what was chosen: %s", p.Title, sel)
+				}
+			}
 			expr := known.Replace(target.Expr)
 			if strings.Contains(expr, "$") {
 				t.Errorf("%s: unknown variable in %s", p.Title, expr)
@@ -240,12 +299,12 @@ func panels(t *testing.T) map[string][]string {
 		if v.Type != "query" {
 			continue
 		}
-		m := regexp.MustCompile(`^label_values\((\w+), (\w+)\)$`).FindStringSubmatch(v.Definition)
+		m := regexp.MustCompile(`^label_values\((\w+)(?:\{(.*)\})?, (\w+)\)$`).FindStringSubmatch(v.Definition)
 		if m == nil {
 			t.Errorf("variable %s: %q", v.Name, v.Definition)
 			continue
 		}
-		out["variable "+v.Name] = []string{m[1] + `{` + m[2] + `!=""}`}
+		out["variable "+v.Name] = []string{m[1] + `{` + m[3] + `!="",` + known.Replace(m[2]) + `}`}
 	}
 	if len(out) < 20 {
 		t.Fatalf("%d panels", len(out))
@@ -258,7 +317,11 @@ func TestExpressionsAgainstPrometheus(t *testing.T) {
 	server := testenv.Redis(t)
 	link := testenv.NewLink(t, server.Addr())
 	s := newSite(t, "redis://"+link.Addr()+"/0", testenv.Postgres(t))
-	s.write(routes)
+	every := routes
+	for _, phase := range []string{"phase0", "drain", "phase3"} { // the others have a route there
+		every += fmt.Sprintf("  - {name: %s, match: \"%s:*\", phase: %s}\n", phase, phase, phase)
+	}
+	s.write(every)
 	s.execBuilt("serve", "--config", s.config)
 	p := s.scrapedBy()
 	s.started()

@@ -96,10 +96,46 @@ func judge(p *types.Project) (problems []string) {
 			}
 		}
 	}
+	// What is in the proxy's place in the networks: itself, or the application whose network it uses.
+	front := "cacheproxy"
+	if name, ok := strings.CutPrefix(proxy.NetworkMode, "service:"); ok {
+		front = name
+	}
+	outside, stores := false, false
+	for network := range p.Services[front].Networks {
+		_, isStores := p.Services["redis"].Networks[network]
+		stores = stores || isStores
+		outside = outside || !p.Networks[network].Internal
+	}
+	if !outside {
+		report("%s has no way out, and its ports cannot be published", front)
+	}
+	if !stores {
+		report("%s does not reach the stores", front)
+	}
 	if grace := proxy.StopGracePeriod; grace == nil || grace.String() != "15s" {
 		report("the proxy is killed while it finishes")
 	}
 	return problems
+}
+
+// wrongSidecar is what is wrong with the sidecar's file after a change.
+func wrongSidecar(t *testing.T, old, new string) string {
+	t.Helper()
+	dir := copied(t)
+	path := filepath.Join(dir, "compose.sidecar.yaml")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(lab.Replace(t, string(text), old, new)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := load(dir, "compose.yaml", "compose.sidecar.yaml")
+	if err != nil {
+		return err.Error()
+	}
+	return strings.Join(judge(p), "\n")
 }
 
 // copied is the folder with changes, pairs of what is there and what comes in its place in compose.yaml.
@@ -206,6 +242,18 @@ func TestWrongVariants(t *testing.T) {
 				t.Errorf("%s", said)
 			}
 		})
+	}
+}
+
+// The application beside the sidecar is in a network with a way out, and in that of the stores.
+func TestWrongSidecar(t *testing.T) {
+	for _, c := range []struct{ old, new, says string }{
+		{"networks: [clients, stores]", "networks: [stores]", "app has no way out"},
+		{"networks: [clients, stores]", "networks: [clients]", "app does not reach the stores"},
+	} {
+		if said := wrongSidecar(t, c.old, c.new); !strings.Contains(said, c.says) {
+			t.Errorf("%s: %q", c.new, said)
+		}
 	}
 }
 

@@ -2,8 +2,11 @@ package k8s
 
 import (
 	"fmt"
+	"net"
 	"path"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
@@ -22,6 +25,9 @@ import (
 
 // injected is the label by which components find pods with the sidecar.
 const injected = "cacheproxy.dev/injected"
+
+// secretFile is a setting that names a file of the Secret.
+var secretFile = regexp.MustCompile(`(?m)^ +\w+_file: /run/secrets/cacheproxy/(\S+)`)
 
 // decoder refuses fields that a type does not have, and fields that are given twice.
 var decoder = func() runtime.Decoder {
@@ -196,7 +202,7 @@ func (s *set) judgePod(w workload, report func(string, ...any)) {
 		if v.ConfigMap != nil && s.configMaps[v.ConfigMap.Name] == nil {
 			report("there is no ConfigMap %s", v.ConfigMap.Name)
 		}
-		if v.Secret != nil && s.secrets[v.Secret.SecretName] == nil {
+		if v.Secret != nil && s.secrets[v.Secret.SecretName] == nil && (v.Secret.Optional == nil || !*v.Secret.Optional) {
 			report("there is no Secret %s", v.Secret.SecretName)
 		}
 	}
@@ -280,13 +286,32 @@ func (s *set) judgeSidecar(w workload, volumes map[string]core.Volume, report fu
 		report("the sidecar lacks its configuration or its secrets")
 		return
 	}
-	at := ""
+	if o := secrets.Secret.Optional; o == nil || !*o {
+		report("the pod hangs without passwords where its stores have none")
+	}
+	at, observe := "", ""
 	for _, e := range c.Env {
-		if e.Name == "CACHEPROXY_CONFIG" {
+		switch e.Name {
+		case "CACHEPROXY_CONFIG":
 			at = e.Value
+		case "CACHEPROXY_OBSERVE":
+			observe = e.Value
 		}
 	}
-	if cm := s.configMaps[config.ConfigMap.Name]; cm != nil && cm.Data[path.Base(at)] == "" {
+	if host, port, err := net.SplitHostPort(observe); err != nil || host != "" || len(c.Ports) != 1 || port != strconv.Itoa(int(c.Ports[0].ContainerPort)) {
+		report("the sidecar's port %q cannot be reached over IPv4 and IPv6", observe)
+	}
+	cm := s.configMaps[config.ConfigMap.Name]
+	if cm == nil {
+		return
+	}
+	if cm.Data[path.Base(at)] == "" {
 		report("the ConfigMap %s has no %s", cm.Name, path.Base(at))
+	}
+	// The pod starts without an optional Secret, and the sidecar does not without a file that it is to read.
+	for _, file := range secretFile.FindAllStringSubmatch(cm.Data[path.Base(at)], -1) {
+		if secret := s.secrets[secrets.Secret.SecretName]; secret == nil || secret.Data[file[1]] == nil {
+			report("the configuration names %s, which is in no Secret %s", file[1], secrets.Secret.SecretName)
+		}
 	}
 }

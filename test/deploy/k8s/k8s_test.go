@@ -1,9 +1,11 @@
 package k8s
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +14,9 @@ import (
 	"cacheproxy/test/deploy/lab"
 
 	core "k8s.io/api/core/v1"
+	networking "k8s.io/api/networking/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 )
 
@@ -89,7 +94,7 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 namespace: shop
 resources: [shop.yaml, BASE/base]
-components: [BASE/components/sidecar, BASE/components/podmonitor, BASE/components/networkpolicy, BASE/components/networkpolicy-egress]
+components: [BASE/components/sidecar, BASE/components/podmonitor, BASE/components/networkpolicy, BASE/components/networkpolicy-rest, BASE/components/networkpolicy-egress]
 images: [{name: cacheproxy, newName: registry.example.com/cacheproxy, newTag: v1.0.0}]
 secretGenerator:
   - {name: cacheproxy, literals: [redis-password=a, postgres-password=b]}
@@ -113,7 +118,7 @@ func TestSidecarForOthers(t *testing.T) {
 			if !slices.Equal(names, []string{"cacheproxy", "migrate"}) || pod.Spec.InitContainers[0].Image != "registry.example.com/cacheproxy:v1.0.0" {
 				t.Errorf("init containers %v", names)
 			}
-			if len(pod.Spec.Containers) != 1 || len(pod.Spec.Volumes) != 3 || pod.Labels["app"] != "shop" || len(s.monitors) != 1 || len(s.policies) != 2 {
+			if len(pod.Spec.Containers) != 1 || len(pod.Spec.Volumes) != 3 || pod.Labels["app"] != "shop" || len(s.monitors) != 1 || len(s.policies) != 3 {
 				t.Errorf("not as it was:\n%s", text)
 			}
 		})
@@ -125,7 +130,7 @@ func TestSidecarForOthers(t *testing.T) {
 			t.Errorf("%v\n%s", problems, text)
 		}
 		// What the other components are for is then not there, and the judge says so.
-		if len(problems) != 3 {
+		if len(problems) != 4 {
 			t.Errorf("problems %q", problems)
 		}
 	})
@@ -149,7 +154,15 @@ func TestREADME(t *testing.T) {
 	}
 	text, err := overlay(t, strings.TrimPrefix(block, "   "), map[string]string{"deployment.yaml": theirs("Deployment"), "config.yaml": string(config)})
 	s, problems := judged(t, text, err)
-	if !slices.Equal(problems, []string{"shop: there is no Secret cacheproxy"}) || len(s.monitors) != 1 || s.configMaps["cacheproxy"].Data["config.yaml"] != string(config) {
+	if !slices.Equal(problems, []string{
+		"shop: the configuration names redis-password, which is in no Secret cacheproxy", "shop: the configuration names postgres-password, which is in no Secret cacheproxy",
+	}) || len(s.monitors) != 1 || s.configMaps["cacheproxy"].Data["config.yaml"] != string(config) {
+		t.Errorf("%q\n%s", problems, text)
+	}
+	// With stores that have no passwords nothing is missing.
+	without := regexp.MustCompile(`(?m)^ +password_file: .*\n`).ReplaceAllString(string(config), "")
+	text, err = overlay(t, strings.TrimPrefix(block, "   "), map[string]string{"deployment.yaml": theirs("Deployment"), "config.yaml": without})
+	if _, problems := judged(t, text, err); len(problems) > 0 || without == string(config) {
 		t.Errorf("%q\n%s", problems, text)
 	}
 	for name := range demo(t).secrets["cacheproxy"].Data {
@@ -184,6 +197,9 @@ func TestWrongVariants(t *testing.T) {
 		{"a writable mount", `[{op: remove, path: ` + sidecar + `/volumeMounts/1/readOnly}]`, "can write to /run/secrets/cacheproxy"},
 		{"a mount in a mount", `[{op: replace, path: ` + sidecar + `/volumeMounts/1/mountPath, value: /etc/cacheproxy/secrets}]`, "no folder can be made"},
 		{"a secret in the environment", `[{op: add, path: ` + sidecar + `/env/-, value: {name: REDIS_URL, valueFrom: {secretKeyRef: {name: cacheproxy, key: redis-url}}}}]`, "secret in its environment"},
+		{"an address of IPv4 alone", `[{op: replace, path: ` + sidecar + `/env/1/value, value: "0.0.0.0:9180"}]`, "reached over IPv4 and IPv6"},
+		{"a Secret that must be there", `[{op: remove, path: /spec/template/spec/volumes/1/secret/optional}]`, "hangs without passwords"},
+		{"a Secret of another name", `[{op: replace, path: /spec/template/spec/volumes/1/secret/secretName, value: other}]`, "names redis-password, which is in no Secret other"},
 		{"no secrets", `[{op: remove, path: ` + sidecar + `/volumeMounts/1}]`, "lacks its configuration or its secrets"},
 		{"another config file", `[{op: replace, path: ` + sidecar + `/env/0/value, value: /etc/cacheproxy/cacheproxy.yaml}]`, "has no cacheproxy.yaml"},
 		{"a volume of nothing", `[{op: replace, path: /spec/template/spec/volumes/0/configMap/name, value: other}]`, "no ConfigMap other"},
@@ -225,11 +241,6 @@ patches: [{path: patch.json, target: {kind: Deployment, name: app}}]
 			t.Errorf("%q", problems)
 		}
 	})
-	t.Run("another rendering", func(t *testing.T) {
-		if err := same("a: 1\n---\nb: 1\n", "a: 1\n---\nb: 2\n"); err == nil {
-			t.Error("a difference is not found")
-		}
-	})
 }
 
 // What the README makes of the alert rules is what the Prometheus Operator takes.
@@ -266,35 +277,131 @@ func TestAlertsForTheOperator(t *testing.T) {
 	}
 }
 
-// Only the port of the metrics is closed, and that is open to the monitoring.
+// Policies add up. That for the metrics admits nobody else to anything, so that it opens nothing that a namespace keeps closed; that for the rest
+// opens everything but the metrics.
 func TestNetworkPolicy(t *testing.T) {
-	s := demo(t)
+	const policy = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: theirs}
+spec:
+  podSelector: {}
+  policyTypes: [Ingress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: front}}}], ports: [{protocol: TCP, port: 8080}]}]
+`
+	const metrics, front, everybody = "monitoring", "front", "everybody"
+	for _, c := range []struct {
+		name, components string
+		want             func(core.Protocol, int32) string
+	}{
+		{"metrics, in a namespace with policies", "BASE/components/networkpolicy", func(protocol core.Protocol, port int32) string {
+			switch {
+			case protocol == core.ProtocolTCP && port == 9180:
+				return metrics
+			case protocol == core.ProtocolTCP && port == 8080:
+				return front
+			}
+			return ""
+		}},
+		{"metrics and the rest", "BASE/components/networkpolicy, BASE/components/networkpolicy-rest", func(protocol core.Protocol, port int32) string {
+			if protocol == core.ProtocolTCP && port == 9180 {
+				return metrics
+			}
+			return everybody
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			resources := "shop.yaml, BASE/base"
+			if !strings.Contains(c.components, "-rest") {
+				resources += ", theirs.yaml"
+			}
+			text, err := overlay(t, `
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources: [`+resources+`]
+components: [BASE/components/sidecar, `+c.components+`]
+`, map[string]string{"shop.yaml": theirs("Deployment"), "theirs.yaml": policy})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, _ := decode(text)
+			pod := s.workload(t, "shop").pod
+			for port := int32(1); port <= 65535; port++ {
+				for _, protocol := range []core.Protocol{core.ProtocolTCP, core.ProtocolUDP, core.ProtocolSCTP} {
+					if got, want := s.admitted(t, pod, protocol, port), c.want(protocol, port); got != want {
+						t.Fatalf("%s %d is open to %q, want %q", protocol, port, got, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// admitted says who may reach a port of a pod, by all policies together: nobody is "", and several are separated by commas.
+func (s *set) admitted(t *testing.T, pod core.PodTemplateSpec, protocol core.Protocol, port int32) string {
+	t.Helper()
+	var who []string
+	selected := false
 	for _, p := range s.policies {
-		if p.Name != "cacheproxy" {
+		if selector, err := meta.LabelSelectorAsSelector(&p.Spec.PodSelector); err != nil {
+			t.Fatal(err)
+		} else if !selector.Matches(labels.Set(pod.Labels)) || !slices.Contains(p.Spec.PolicyTypes, networking.PolicyTypeIngress) {
 			continue
 		}
-		for port := int32(1); port <= 65535; port++ {
-			for _, protocol := range []core.Protocol{core.ProtocolTCP, core.ProtocolUDP, core.ProtocolSCTP} {
-				everybody, somebody := false, false
-				for _, rule := range p.Spec.Ingress {
-					for _, r := range rule.Ports {
-						last := r.Port.IntVal
-						if r.EndPort != nil {
-							last = *r.EndPort
-						}
-						if *r.Protocol == protocol && r.Port.IntVal <= port && port <= last {
-							everybody, somebody = everybody || len(rule.From) == 0, somebody || len(rule.From) > 0
+		selected = true
+		for _, rule := range p.Spec.Ingress {
+			if !covers(rule.Ports, protocol, port) {
+				continue
+			}
+			if len(rule.From) == 0 {
+				return "everybody"
+			}
+			for _, from := range rule.From {
+				for _, sel := range []*meta.LabelSelector{from.NamespaceSelector, from.PodSelector} {
+					if sel != nil {
+						for _, value := range sel.MatchLabels {
+							who = append(who, value)
 						}
 					}
 				}
-				if metrics := port == 9180 && protocol == core.ProtocolTCP; everybody == metrics || somebody != metrics {
-					t.Fatalf("%s %d: open to everybody: %v, to some: %v", protocol, port, everybody, somebody)
-				}
 			}
 		}
-		return
 	}
-	t.Error("there is no such policy")
+	if !selected {
+		return "everybody"
+	}
+	return strings.Join(who, ",")
+}
+
+// covers tells whether a port is among those of a rule.
+func covers(ports []networking.NetworkPolicyPort, protocol core.Protocol, port int32) bool {
+	return slices.ContainsFunc(ports, func(p networking.NetworkPolicyPort) bool {
+		last := p.Port.IntVal
+		if p.EndPort != nil {
+			last = *p.EndPort
+		}
+		return *p.Protocol == protocol && p.Port.IntVal <= port && port <= last
+	})
+}
+
+// A pod may reach the stores and DNS wherever they are: a cache of names on the node is no pod, and OpenShift's listens on another port.
+func TestEgress(t *testing.T) {
+	policies := demo(t).policies
+	i := slices.IndexFunc(policies, func(p *networking.NetworkPolicy) bool { return p.Name == "cacheproxy-egress" })
+	if i < 0 {
+		t.Fatal("there is no such policy")
+	}
+	open := map[string]bool{"TCP 6379": true, "TCP 5432": true, "UDP 53": true, "TCP 53": true, "UDP 5353": true, "TCP 5353": true}
+	for _, protocol := range []core.Protocol{core.ProtocolTCP, core.ProtocolUDP, core.ProtocolSCTP} {
+		for port := int32(1); port <= 65535; port++ {
+			anywhere := slices.ContainsFunc(policies[i].Spec.Egress, func(r networking.NetworkPolicyEgressRule) bool {
+				return len(r.To) == 0 && covers(r.Ports, protocol, port)
+			})
+			if anywhere != open[fmt.Sprintf("%s %d", protocol, port)] {
+				t.Errorf("%s %d is open: %v", protocol, port, anywhere)
+			}
+		}
+	}
 }
 
 // The program takes every configuration that is shipped here.
@@ -307,6 +414,17 @@ func TestConfigurations(t *testing.T) {
 			t.Fatal(err)
 		}
 		files = append(files, string(text))
+	}
+	// In a pod without the Secret, which may start without it.
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(path, []byte(lab.Replace(t, files[0], "/run/secrets/cacheproxy/", t.TempDir()+"/")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := config.Load(path, nil)
+	for _, setting := range []string{"redis.password_file", "postgres.password_file"} {
+		if !strings.Contains(fmt.Sprint(err), setting+": the file cannot be read: no such file") {
+			t.Errorf("without %s: %v", setting, err)
+		}
 	}
 	rendered := demo(t)
 	files = append(files, rendered.configMaps["cacheproxy"].Data["config.yaml"])

@@ -114,6 +114,13 @@ func TestPod(t *testing.T) {
 	if !ask(sidecar.LivenessProbe) {
 		t.Error("the liveness probe is not answered")
 	}
+	for _, name := range []string{"healthcheck", "stats"} { // what one would type by kubectl exec
+		inside := exec.Command(cmd.Path, name)
+		inside.Env = cmd.Env
+		if out, err := inside.CombinedOutput(); err != nil {
+			t.Errorf("%s in the container: %v\n%s", name, err, out)
+		}
+	}
 
 	// On its port, the programs of the application's containers. Their processes may take another user's rights in a pod only.
 	local := func(c core.Container) *exec.Cmd {
