@@ -1,6 +1,7 @@
 package fallback
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"strconv"
@@ -53,6 +54,8 @@ type Config struct {
 	// mode must accept or ignore the three time limits as startup parameters, and, if it knows no prepared
 	// statements, needs default_query_exec_mode=exec.
 	URL string
+	// Password is asked for every new connection, from any goroutine; nil, or "" from it, means that of URL.
+	Password func() string
 	// MaxReads is how many Loads ask Postgres at once; 0 means 8.
 	MaxReads int
 	// MaxWrites is how many Txs are open at once; 0 means 4.
@@ -125,6 +128,13 @@ func newStore(cfg Config, tracer pgx.QueryTracer) (*Store, error) {
 	// No ping before use: it costs a round trip, and a connection that died in the pool is found by the
 	// request itself, which is repeated once (see try).
 	pc.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
+
+	if cfg.Password != nil {
+		pc.BeforeConnect = func(_ context.Context, cc *pgx.ConnConfig) error {
+			cc.Password = cmp.Or(cfg.Password(), cc.Password)
+			return nil
+		}
+	}
 
 	cc := pc.ConnConfig
 	cc.Tracer = tracer
