@@ -272,3 +272,15 @@ func (s *Store) Connections() (idle, active int) {
 	st := s.pool.Stat()
 	return int(st.IdleConns()), int(st.AcquiredConns())
 }
+
+// Waited tells, for each cause of a closed list, how many requests have waited for a connection since the start and for how long
+// together: because as many reads or writes were under way as the configuration allows ("max_reads", "max_writes"; also those that waited in
+// vain), or because no connection was idle and one had to be made ("connect"; only where that succeeded). The pool has room for whatever
+// the limits let in, so nobody waits in it for anything else.
+func (s *Store) Waited(tell func(cause string, requests int64, together time.Duration)) {
+	for cause, l := range map[string]*limiter{"max_reads": s.reads, "max_writes": s.writes} {
+		tell(cause, l.waits.Load(), time.Duration(l.waited.Load()))
+	}
+	st := s.pool.Stat()
+	tell("connect", st.EmptyAcquireCount(), st.EmptyAcquireWaitTime())
+}

@@ -222,7 +222,7 @@ func (p *process) run(ctx context.Context) error {
 func (p *process) metrics() metrics.Process {
 	out := metrics.Process{Build: build(), Reloads: p.settings.reloaded}
 	if p.store != nil {
-		out.Pool = p.store.db.Connections
+		out.Pool, out.Waited = p.store.db.Connections, p.store.db.Waited
 	}
 	return out
 }
