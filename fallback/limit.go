@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 )
 
 // waitFactor times the cap may wait for a slot. A Postgres that takes 5 ms serves a queue of sixty-four rounds in a third of a second, well
@@ -21,6 +22,8 @@ type limiter struct {
 	maxWait int64
 	waiting atomic.Int64
 	shed    atomic.Int64 // how many were turned away since the start
+	waits   atomic.Int64 // how many have waited, also in vain
+	waited  atomic.Int64 // for how long together, in nanoseconds
 }
 
 func newLimiter(n int) *limiter {
@@ -40,6 +43,11 @@ func (l *limiter) acquire(ctx context.Context) error {
 		l.shed.Add(1)
 		return errShed
 	}
+	began := time.Now()
+	defer func() {
+		l.waits.Add(1)
+		l.waited.Add(int64(time.Since(began)))
+	}()
 	select {
 	case l.slots <- struct{}{}:
 		return nil

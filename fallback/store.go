@@ -1,6 +1,7 @@
 package fallback
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"strconv"
@@ -53,6 +54,8 @@ type Config struct {
 	// mode must accept or ignore the three time limits as startup parameters, and, if it knows no prepared
 	// statements, needs default_query_exec_mode=exec.
 	URL string
+	// Password is asked for every new connection, from any goroutine; nil, or "" from it, means that of URL.
+	Password func() string
 	// MaxReads is how many Loads ask Postgres at once; 0 means 8.
 	MaxReads int
 	// MaxWrites is how many Txs are open at once; 0 means 4.
@@ -125,6 +128,13 @@ func newStore(cfg Config, tracer pgx.QueryTracer) (*Store, error) {
 	// No ping before use: it costs a round trip, and a connection that died in the pool is found by the
 	// request itself, which is repeated once (see try).
 	pc.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
+
+	if cfg.Password != nil {
+		pc.BeforeConnect = func(_ context.Context, cc *pgx.ConnConfig) error {
+			cc.Password = cmp.Or(cfg.Password(), cc.Password)
+			return nil
+		}
+	}
 
 	cc := pc.ConnConfig
 	cc.Tracer = tracer
@@ -261,4 +271,16 @@ func (s *Store) try(ctx context.Context, f func() error) error {
 func (s *Store) Connections() (idle, active int) {
 	st := s.pool.Stat()
 	return int(st.IdleConns()), int(st.AcquiredConns())
+}
+
+// Waited tells, for each cause of a closed list, how many requests have waited for a connection since the start and for how long
+// together: because as many reads or writes were under way as the configuration allows ("max_reads", "max_writes"; also those that waited in
+// vain), or because no connection was idle and one had to be made ("connect"; only where that succeeded). The pool has room for whatever
+// the limits let in, so nobody waits in it for anything else.
+func (s *Store) Waited(tell func(cause string, requests int64, together time.Duration)) {
+	for cause, l := range map[string]*limiter{"max_reads": s.reads, "max_writes": s.writes} {
+		tell(cause, l.waits.Load(), time.Duration(l.waited.Load()))
+	}
+	st := s.pool.Stat()
+	tell("connect", st.EmptyAcquireCount(), st.EmptyAcquireWaitTime())
 }

@@ -14,10 +14,13 @@ import (
 	"testing"
 	"time"
 
+	"cacheproxy/fallback"
 	"cacheproxy/internal/metrics"
 	"cacheproxy/internal/testenv"
 	"cacheproxy/policy"
 	"cacheproxy/proxy"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // metric is what Prometheus would be told of one metric, named with its labels. Without labels it is the sum over all.
@@ -40,7 +43,11 @@ func (s *sidecar) metric(t testing.TB, name string) float64 {
 func (s *sidecar) scrape(t testing.TB) map[string]float64 {
 	t.Helper()
 	w := httptest.NewRecorder()
-	metrics.Handler(s.srv, metrics.Process{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	var program metrics.Process
+	if s.db != nil {
+		program.Pool, program.Waited = s.db.Connections, s.db.Waited
+	}
+	metrics.Handler(s.srv, program).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	all := map[string]float64{}
 	for line := range strings.Lines(w.Body.String()) {
 		if at := strings.LastIndexByte(line, ' '); at > 0 && strings.HasPrefix(line, "cacheproxy_") {
@@ -147,6 +154,7 @@ func TestCounts(t *testing.T) {
 		{"mismatches", countsMismatches},
 		{"what is not compared", countsWhatIsNotCompared},
 		{"keys without a row", countsKeysWithoutARow},
+		{"waits for a connection", countsWaits},
 	}
 	for _, c := range tests {
 		t.Run(c.name, func(t *testing.T) {
@@ -341,6 +349,67 @@ func countsPromotionsAndLeases(t *testing.T) {
 	a.want("+OK", "SET", "k", "newer")
 	one.counts(t, `lost_leases_total`, 1)
 	b.want("newer", "GET", "k")
+}
+
+// One read and one write of the store at a time: while the table is locked, those that come second wait for a connection.
+func countsWaits(t *testing.T) {
+	w := newWorld(t)
+	s := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase1)}, storeSlots: 1, storeTimeout: 30 * time.Second})
+	waits := func(cause string) (count, sum float64) {
+		t.Helper()
+		all, labels := s.scrape(t), `{cause="`+cause+`",upstream="postgres"}`
+		return all["cacheproxy_upstream_pool_wait_seconds_count"+labels], all["cacheproxy_upstream_pool_wait_seconds_sum"+labels]
+	}
+	if count, sum := waits("connect"); count < 1 || sum <= 0 {
+		t.Errorf("the first connections were waited for %v times, for %v seconds", count, sum)
+	}
+	s.metric(t, `upstream_pool_connections{state="active",upstream="postgres"}`)
+	ctx := t.Context()
+	other, err := pgx.Connect(ctx, w.pgURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close(context.WithoutCancel(ctx))
+	for _, c := range []struct {
+		cause   string
+		waiting func(fallback.Stats) (busy, waiting int)
+		command func(key string) []string
+		want    string
+	}{
+		{"max_reads", func(st fallback.Stats) (int, int) { return st.Reads.Busy, st.Reads.Waiting }, func(key string) []string { return []string{"GET", key} }, "(nil)"},
+		{"max_writes", func(st fallback.Stats) (int, int) { return st.Writes.Busy, st.Writes.Waiting }, func(key string) []string { return []string{"SET", key, "v"} }, "+OK"},
+	} {
+		before, beforeSum := waits(c.cause)
+		tx, err := other.Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(ctx, `LOCK TABLE cacheproxy.entries IN ACCESS EXCLUSIVE MODE`); err != nil {
+			t.Fatal(err)
+		}
+		clients := []*conn{s.dial(t), s.dial(t)}
+		for i, client := range clients {
+			client.send(c.command(c.cause + strconv.Itoa(i))...)
+			w.until("it is at Postgres, or waits to be", func() bool {
+				busy, waiting := c.waiting(s.db.Stats())
+				return busy == 1 && waiting == i
+			})
+		}
+		if active := s.metric(t, `upstream_pool_connections{state="active",upstream="postgres"}`); active < 1 {
+			t.Errorf("%v connections are active", active)
+		}
+		if err := tx.Rollback(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for _, client := range clients {
+			if got, err := client.read(); err != nil || got != c.want {
+				t.Errorf("%s: %q, %v", c.cause, got, err)
+			}
+		}
+		if count, sum := waits(c.cause); count != before+1 || sum <= beforeSum {
+			t.Errorf("%s: %v waits after %v, %v seconds after %v", c.cause, count, before, sum, beforeSum)
+		}
+	}
 }
 
 func countsFences(t *testing.T) {

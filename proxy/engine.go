@@ -85,7 +85,7 @@ var errOvertaken error = said.Sentence("overtaken by another writer")
 
 func newEngine(cfg Config, store Store) (*engine, error) {
 	cfg = cfg.withDefaults()
-	d, err := newDialer(cfg.Redis.URL, cfg.Redis.DialTimeout, cfg.Redis.TLS)
+	d, err := newDialer(cfg.Redis)
 	if err != nil {
 		return nil, err
 	}

@@ -54,7 +54,7 @@ type PeerConfig struct {
 
 // NewPeer allocates; Dial connects.
 func NewPeer(cfg PeerConfig, store PeerStore) (*Peer, error) {
-	d, err := newDialer(cfg.Redis.URL, cfg.Redis.DialTimeout, cfg.Redis.TLS)
+	d, err := newDialer(cfg.Redis)
 	if err != nil {
 		return nil, err
 	}

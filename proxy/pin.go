@@ -69,7 +69,7 @@ type step struct {
 func (who identity) dial(ctx context.Context, d *dialer) (_ net.Conn, id int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()
-	conn, err := d.opt.Dialer(ctx, d.opt.Network, d.opt.Addr)
+	conn, err := d.connect(ctx)
 	if err != nil {
 		return nil, 0, &outageError{why: classifyError(err)}
 	}

@@ -22,6 +22,7 @@ import (
 // RedisConfig says how to reach Redis.
 type RedisConfig struct {
 	URL         string        // redis://, rediss:// or unix://
+	Password    func() string // asked for every new connection, from any goroutine; nil, or "" from it: that of URL
 	Timeout     time.Duration // the one bounded wait of P8; 0: 250 ms
 	DialTimeout time.Duration // 0: 1 s
 	Connections int           // shared ones per protocol version, and event loops; 0: one for every two processors, at most three
@@ -66,6 +67,8 @@ type Server struct {
 	drain   atomic.Bool
 
 	phases sync.Mutex // held while routes or phases change
+
+	password atomic.Pointer[string] // what new clients are asked for
 }
 
 // New allocates a server; nothing is touched before Serve. store is nil where no route has one.
@@ -83,7 +86,17 @@ func New(cfg ServerConfig, store Store) (*Server, error) {
 	if err := e.setDeny(cfg.Deny); err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg, e: e, log: e.log, start: time.Now(), clients: map[*client]struct{}{}}, nil
+	s := &Server{cfg: cfg, e: e, log: e.log, start: time.Now(), clients: map[*client]struct{}{}}
+	s.password.Store(&cfg.Password)
+	return s, nil
+}
+
+// SetPassword replaces the password that clients are asked for when they connect; those that are connected stay what they are. Whether
+// one is asked for at all does not change.
+func (s *Server) SetPassword(password string) {
+	if s.cfg.Password != "" && password != "" {
+		s.password.Store(&password)
+	}
 }
 
 // Serve accepts clients on ln, which it owns, until ctx ends; then it refuses new connections, answers what is in
@@ -220,7 +233,7 @@ func (s *Server) first(conn redcon.Conn, cmd redcon.Command) {
 	c := &client{s: s, conn: nc}
 	addr, laddr := nc.RemoteAddr().String(), nc.LocalAddr().String()
 	c.cond = sync.NewCond(&c.mu)
-	c.sess = newSession(c, s.e, s.ids.Add(1), s.cfg.Password, addr, sessionLimits{commands: s.cfg.MaxInflight, bytes: s.cfg.MaxInflightBytes})
+	c.sess = newSession(c, s.e, s.ids.Add(1), *s.password.Load(), addr, sessionLimits{commands: s.cfg.MaxInflight, bytes: s.cfg.MaxInflightBytes})
 	c.sess.srv, c.sess.laddr = s, laddr
 	first := command{raw: cmd.Raw, args: cmd.Args} // redcon does not use them again
 	if nc.kept != nil {

@@ -3,8 +3,8 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -135,24 +135,37 @@ type link struct {
 // dialer opens connections to Redis. go-redis parses the URL and owns TLS and credentials; the
 // conversation after that is raw.
 type dialer struct {
-	opt     *redis.Options
-	timeout time.Duration // of a whole handshake
+	opt      *redis.Options
+	timeout  time.Duration          // of a whole handshake
+	ask      func() string          // nil: the password is that of opt
+	password atomic.Pointer[string] // what ask said last; nil or "": that of opt
 }
 
-// newDialer parses a redis://, rediss:// or unix:// URL. tlsConfig, if not nil, refines TLS.
-func newDialer(url string, timeout time.Duration, tlsConfig *tls.Config) (*dialer, error) {
-	opt, err := redis.ParseURL(url)
+// newDialer parses the URL and connects to nothing.
+func newDialer(cfg RedisConfig) (*dialer, error) {
+	opt, err := redis.ParseURL(cfg.URL)
 	if err != nil {
 		return nil, fmt.Errorf("redis.url: %w", err)
 	}
-	if opt.TLSConfig != nil && tlsConfig != nil {
-		tlsConfig = tlsConfig.Clone()
-		tlsConfig.ServerName = opt.TLSConfig.ServerName
-		opt.TLSConfig = tlsConfig
+	if opt.TLSConfig != nil && cfg.TLS != nil {
+		refined := cfg.TLS.Clone()
+		refined.ServerName = opt.TLSConfig.ServerName
+		opt.TLSConfig = refined
 	}
-	opt.DialTimeout = timeout
+	opt.DialTimeout = cfg.DialTimeout
 	opt.Dialer = redis.NewDialer(opt)
-	return &dialer{opt: opt, timeout: timeout}, nil
+	return &dialer{opt: opt, timeout: cfg.DialTimeout, ask: cfg.Password}, nil
+}
+
+// connect opens a connection on which nothing has been said, and asks for the password that is to be said there: it may have been
+// changed since the last one.
+func (d *dialer) connect(ctx context.Context) (net.Conn, error) {
+	conn, err := d.opt.Dialer(ctx, d.opt.Network, d.opt.Addr)
+	if err == nil && d.ask != nil {
+		now := d.ask()
+		d.password.Store(&now)
+	}
+	return conn, err
 }
 
 // dial connects, switches to the protocol version, authenticates and selects the database: one
@@ -160,7 +173,7 @@ func newDialer(url string, timeout time.Duration, tlsConfig *tls.Config) (*diale
 func (d *dialer) dial(ctx context.Context, proto int, name string) (*link, error) {
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()
-	conn, err := d.opt.Dialer(ctx, d.opt.Network, d.opt.Addr)
+	conn, err := d.connect(ctx)
 	if err != nil {
 		why := classifyError(err)
 		if why == outTimeout {
@@ -227,12 +240,13 @@ func (d *dialer) handshake(conn net.Conn, proto int, name string) (*link, error)
 	return l, conn.SetDeadline(time.Time{})
 }
 
+// credentials are those of the last connection, and for the next one once it is connected.
 func (d *dialer) credentials() (user, pass string) {
-	user = d.opt.Username
-	if user == "" {
-		user = "default"
+	user, pass = cmp.Or(d.opt.Username, "default"), d.opt.Password
+	if now := d.password.Load(); now != nil && *now != "" {
+		pass = *now
 	}
-	return user, d.opt.Password
+	return user, pass
 }
 
 // maxHandshake bounds a reply of a handshake: they are small, and a server may have gone wrong.

@@ -57,6 +57,7 @@ func route(phase policy.Phase) policy.Route {
 // sidecar is one running proxy.
 type sidecar struct {
 	srv  *proxy.Server
+	db   *fallback.Store // nil: none
 	addr string
 	stop func()
 }
@@ -71,6 +72,7 @@ type sidecarOptions struct {
 	noWait   bool
 	// storeTimeout is for values so large that a busy machine needs longer than the default; 0: the default.
 	storeTimeout time.Duration
+	storeSlots   int // for reads of the store, and for writes; 0: the default
 }
 
 func (w *world) sidecar(phase policy.Phase) *sidecar {
@@ -107,7 +109,7 @@ func (w *world) start(o sidecarOptions) *sidecar {
 	var fs *fallback.Store
 	if o.pgURL != "none" {
 		var err error
-		if fs, err = fallback.New(fallback.Config{URL: o.pgURL, Log: log, QueryTimeout: o.storeTimeout, Columns: o.columns}); err != nil {
+		if fs, err = fallback.New(fallback.Config{URL: o.pgURL, Log: log, QueryTimeout: o.storeTimeout, Columns: o.columns, MaxReads: o.storeSlots, MaxWrites: o.storeSlots}); err != nil {
 			t.Fatal(err)
 		}
 		if !o.noWait {
@@ -140,7 +142,7 @@ func (w *world) start(o sidecarOptions) *sidecar {
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(ctx, ln) }()
 	stopped := false
-	s := &sidecar{srv: srv, addr: ln.Addr().String()}
+	s := &sidecar{srv: srv, db: fs, addr: ln.Addr().String()}
 	s.stop = func() {
 		if stopped {
 			return

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -66,10 +67,14 @@ type memory struct {
 	said   map[string]bool // owned by run
 }
 
-func newMemory(cfg *config.Config, t *tls.Config, log *zap.Logger) (*memory, error) {
+// newMemory allocates. password, if it is not nil, is asked for every connection; "" from it is that of the URL.
+func newMemory(cfg *config.Config, t *tls.Config, password func() string, log *zap.Logger) (*memory, error) {
 	opt, err := redisOptions(cfg.Redis, t)
 	if err != nil {
 		return nil, err
+	}
+	if password != nil {
+		opt.CredentialsProvider = func() (string, string) { return opt.Username, cmp.Or(password(), opt.Password) }
 	}
 	return &memory{cfg: cfg.Redis, stores: cfg.UsesStore(), redis: opt, log: log, said: map[string]bool{}}, nil
 }

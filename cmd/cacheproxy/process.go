@@ -64,7 +64,8 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 	if err != nil {
 		return bad(err)
 	}
-	if p.memory, err = newMemory(cfg, toRedis, log); err != nil {
+	password := config.Password("redis.password_file", cfg.Redis.PasswordFile, log)
+	if p.memory, err = newMemory(cfg, toRedis, password, log); err != nil {
 		return bad(err)
 	}
 	var side proxy.Store
@@ -80,7 +81,7 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 	settings := proxy.ServerConfig{
 		Config: proxy.Config{
 			Redis: proxy.RedisConfig{
-				URL: cfg.Redis.URL, Timeout: cfg.Redis.Timeout, DialTimeout: cfg.Redis.DialTimeout,
+				URL: cfg.Redis.URL, Password: password, Timeout: cfg.Redis.Timeout, DialTimeout: cfg.Redis.DialTimeout,
 				Connections: cfg.Redis.Connections, TLS: toRedis,
 			},
 			Routes:       cfg.PolicyRoutes(),
@@ -117,8 +118,9 @@ func newProcess(cfg *config.Config, from source, stderr io.Writer) (*process, er
 
 func newFallback(cfg *config.Config, log *zap.Logger) (*fallback.Store, error) {
 	return fallback.New(fallback.Config{
-		URL: cfg.Postgres.URL, MaxReads: cfg.Postgres.MaxReads, MaxWrites: cfg.Postgres.MaxWrites,
-		QueryTimeout: cfg.Postgres.Timeout, Window: cfg.Redis.FailoverWindow, Log: log, Columns: columns(cfg),
+		URL: cfg.Postgres.URL, Password: config.Password("postgres.password_file", cfg.Postgres.PasswordFile, log),
+		MaxReads: cfg.Postgres.MaxReads, MaxWrites: cfg.Postgres.MaxWrites, QueryTimeout: cfg.Postgres.Timeout,
+		Window: cfg.Redis.FailoverWindow, Log: log, Columns: columns(cfg),
 	})
 }
 
@@ -220,7 +222,7 @@ func (p *process) run(ctx context.Context) error {
 func (p *process) metrics() metrics.Process {
 	out := metrics.Process{Build: build(), Reloads: p.settings.reloaded}
 	if p.store != nil {
-		out.Pool = p.store.db.Connections
+		out.Pool, out.Waited = p.store.db.Connections, p.store.db.Waited
 	}
 	return out
 }
@@ -346,6 +348,9 @@ func (p *process) reload() error {
 		if err := p.server.SetRoutes(keepPhases(next.PolicyRoutes(), p.settings.current().PolicyRoutes(), p.server.Phases())); err != nil {
 			undo()
 			return err
+		}
+		if file := next.Listen.PasswordFile; file != "" && file == p.settings.current().Listen.PasswordFile {
+			p.server.SetPassword(next.Listen.Password)
 		}
 		p.server.SetSample(float64(next.Verify.Sample))
 		return p.server.SetDeny(next.Commands.Deny) // the last, as it cannot fail: next was checked

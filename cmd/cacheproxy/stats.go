@@ -203,5 +203,20 @@ func statsTable(s proxy.Stats) string {
 	}
 	line("all", s.MigrationPhase, s.Performance, "", "")
 	w.Flush() //nolint:errcheck // as above
+
+	titled := false
+	for _, r := range s.Routes {
+		found := view.FoundOf(r)
+		if !found.Any() {
+			continue
+		}
+		if !titled {
+			titled = true
+			b.WriteByte('\n')
+			row("ROUTE", "NO ROW", "COMPARED", "DROPPED", "DIFFERING", "HOW")
+		}
+		row(r.Name, found.NoRow, found.Checked, found.Dropped, found.Differing(), found.Kinds())
+	}
+	w.Flush() //nolint:errcheck // as above
 	return b.String()
 }

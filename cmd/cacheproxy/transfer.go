@@ -102,7 +102,8 @@ func (c *cli) openTransfer(f *transferFlags, allowed func(*policy.Route) error) 
 	}
 	peer, err := proxy.NewPeer(proxy.PeerConfig{
 		Redis: proxy.RedisConfig{
-			URL: cfg.Redis.URL, Timeout: max(cfg.Redis.Timeout, toolTimeout), DialTimeout: max(cfg.Redis.DialTimeout, time.Second), TLS: toRedis,
+			URL: cfg.Redis.URL, Password: config.Password("redis.password_file", cfg.Redis.PasswordFile, zap.NewNop()),
+			Timeout: max(cfg.Redis.Timeout, toolTimeout), DialTimeout: max(cfg.Redis.DialTimeout, time.Second), TLS: toRedis,
 		},
 		MaxValue: int(cfg.Postgres.MaxValue), Instance: newInstance(),
 	}, bridge.Peer(t.db))

@@ -111,7 +111,7 @@ func (l *loader) readPassword(key, path string) string {
 	}
 	password := firstLine(text)
 	if password == "" {
-		l.reject(key, "the first line of the file is empty", "write the password there, or remove the setting")
+		l.reject(key, errEmptyPassword.Error(), "write the password there, or remove the setting")
 	}
 	return password
 }

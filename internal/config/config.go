@@ -97,7 +97,7 @@ type Health struct {
 type Redis struct {
 	// URL is what redis.ParseURL of go-redis understands: redis://, rediss:// or unix://.
 	URL string `yaml:"url" secret:"url"`
-	// PasswordFile holds the password that URL then leaves out; Load puts it there.
+	// PasswordFile holds the password that URL then leaves out; Load puts it there. See Password.
 	PasswordFile string `yaml:"password_file"`
 	// Timeout is the one bounded wait that a dead Redis costs a client.
 	Timeout     time.Duration `yaml:"timeout" min:"1ms" max:"1m" unit:"ms"`
@@ -126,7 +126,7 @@ type RedisTLS struct {
 type Postgres struct {
 	// URL is postgres://…; empty is allowed only if no route is in a phase that has a store.
 	URL string `yaml:"url" secret:"url"`
-	// PasswordFile holds the password that URL then leaves out; Load puts it there.
+	// PasswordFile holds the password that URL then leaves out; Load puts it there. See Password.
 	PasswordFile string        `yaml:"password_file"`
 	Timeout      time.Duration `yaml:"timeout" min:"1ms" max:"10m"`
 	MaxReads     int           `yaml:"max_reads" min:"1" max:"1000"`

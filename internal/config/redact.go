@@ -24,16 +24,21 @@ func (c *Config) Redacted() *Config {
 			s.value.SetString(redactURL(s.value.String()))
 		}
 	}
-	if copied.Listen.PasswordFile != "" {
-		copied.Listen.Password = "" // it stands in the file
-	}
-	if copied.Redis.PasswordFile != "" {
-		copied.Redis.URL = splitURL(copied.Redis.URL).without()
-	}
-	if copied.Postgres.PasswordFile != "" {
-		copied.Postgres.URL = splitURL(copied.Postgres.URL).without()
-	}
+	copied.leaveOut()
 	return &copied
+}
+
+// leaveOut takes out the passwords that stand in files.
+func (c *Config) leaveOut() {
+	if c.Listen.PasswordFile != "" {
+		c.Listen.Password = ""
+	}
+	if c.Redis.PasswordFile != "" {
+		c.Redis.URL = splitURL(c.Redis.URL).without()
+	}
+	if c.Postgres.PasswordFile != "" {
+		c.Postgres.URL = splitURL(c.Postgres.URL).without()
+	}
 }
 
 // redactURL hides the password of a URL and every parameter that may be one. It must not fail, so it

@@ -27,6 +27,8 @@ type Process struct {
 	Reloads func() Reloads
 	// Pool tells how many connections to Postgres wait for work and how many are at it.
 	Pool func() (idle, active int)
+	// Waited tells how many requests have waited for a connection to Postgres and for how long together, for each cause.
+	Waited func(tell func(cause string, requests int64, together time.Duration))
 }
 
 // Reloads is what became of the configuration since the start, which counts as a success, but is not in Succeeded.
@@ -60,7 +62,7 @@ type collector struct {
 	process Process
 }
 
-// metric is one name, with its help and labels. kind says nothing of a histogram.
+// metric is one name, with its help and labels. kind says nothing of a histogram or a summary.
 type metric struct {
 	desc *prometheus.Desc
 	kind prometheus.ValueType
@@ -75,6 +77,10 @@ func define(kind prometheus.ValueType, name, help string, labels ...string) metr
 }
 
 func histogram(name, help string, labels ...string) metric {
+	return define(prometheus.UntypedValue, name, help, labels...)
+}
+
+func summary(name, help string, labels ...string) metric {
 	return define(prometheus.UntypedValue, name, help, labels...)
 }
 
@@ -126,6 +132,7 @@ var (
 	fallbackTook = histogram("fallback_duration_seconds", "How long it took from a miss in Redis until it was known what Postgres has, and that was in Redis.")
 	upstreamTook = histogram("upstream_duration_seconds", "How long a store took for what the proxy asks of it. The commands of clients that pass through are not here.", "upstream", "operation")
 	pool         = gauge("upstream_pool_connections", "Connections to a store, by what they do.", "upstream", "state")
+	poolWait     = summary("upstream_pool_wait_seconds", "How long requests have waited for a connection to a store, of those that had to, by what for.", "upstream", "cause")
 
 	reloads    = counter("config_reloads_total", "How often the configuration was reloaded, by how that ended.", "result")
 	reloadedOK = gauge("config_last_reload_successful", "Whether the configuration in its file is the one in force; 0 after a reload that failed.")
@@ -240,6 +247,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		idle, active := f()
 		tell(pool, float64(idle), "postgres", "idle")
 		tell(pool, float64(active), "postgres", "active")
+	}
+	if f := c.process.Waited; f != nil {
+		f(func(cause string, requests int64, together time.Duration) {
+			ch <- prometheus.MustNewConstSummary(poolWait.desc, uint64(requests), together.Seconds(), nil, "postgres", cause)
+		})
 	}
 	if f := c.process.Reloads; f != nil {
 		r := f()

@@ -43,6 +43,9 @@ var process = Process{
 		return Reloads{Succeeded: 32, Failed: 33, LastFailed: true, LastSuccess: time.UnixMilli(1500)}
 	},
 	Pool: func() (idle, active int) { return 34, 35 },
+	Waited: func(tell func(cause string, requests int64, together time.Duration)) {
+		tell("max_reads", 36, 1500*time.Millisecond)
+	},
 }
 
 var figures = still{
@@ -143,6 +146,8 @@ cacheproxy_upstream_duration_seconds_count{operation="promote",upstream="redis"}
 cacheproxy_upstream_duration_seconds_sum{operation="promote",upstream="redis"} 0.75
 cacheproxy_upstream_pool_connections{state="active",upstream="postgres"} 35
 cacheproxy_upstream_pool_connections{state="idle",upstream="postgres"} 34
+cacheproxy_upstream_pool_wait_seconds_count{cause="max_reads",upstream="postgres"} 36
+cacheproxy_upstream_pool_wait_seconds_sum{cause="max_reads",upstream="postgres"} 1.5
 cacheproxy_upstream_up{upstream="redis"} 0
 cacheproxy_verify_checked_total{route="a:b \"c\"\n"} 26
 cacheproxy_verify_checked_total{route="user"} 0

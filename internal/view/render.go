@@ -54,7 +54,10 @@ func Frame(before, now, last *Snapshot, s Screen) []string {
 			lines = append(lines, head(f, now.Stats, s))
 		}
 		lines = append(lines, stores(now.Stats), journals(f, now.Stats), nil)
-		lines = append(lines, table(f, now.Stats, s, s.Height-len(lines))...)
+		left := s.Height - len(lines)
+		below := notes(now.Stats, left/3) // most of the room is for the routes
+		lines = append(lines, table(f, now.Stats, s, left-len(below))...)
+		lines = append(lines, below...)
 	}
 	if len(lines) > s.Height {
 		lines = lines[:max(s.Height, 0)]
@@ -248,6 +251,44 @@ func row(r Rates, name int) []cell {
 	return line
 }
 
+// notes have a line for each route of which there is something to say, behind an empty one. If these are more lines than height, one line
+// says it of all.
+func notes(st proxy.Stats, height int) (out [][]cell) {
+	var sum Found
+	for _, r := range st.Routes {
+		found := FoundOf(r)
+		sum.add(found)
+		if found.Any() {
+			out = append(out, note(r.Name, found))
+		}
+	}
+	if len(out) > 0 && len(out)+1 > height {
+		out = [][]cell{note("all", sum)}
+	}
+	if len(out) == 0 || len(out)+1 > height {
+		return nil
+	}
+	return append([][]cell{nil}, out...)
+}
+
+// note is what was found on a route: counts since the sidecar's start, and not rates.
+func note(name string, f Found) []cell {
+	line := []cell{{name + " since the start:", plain}}
+	say := func(words string, n int64, how, color string) {
+		if n > 0 {
+			if len(line) > 1 {
+				line = append(line, cell{",", plain})
+			}
+			line = append(line, cell{" " + words + " " + strconv.FormatInt(n, 10) + how, color})
+		}
+	}
+	say("no row", f.NoRow, "", yellow)
+	say("compared", f.Checked, "", plain)
+	say("differ", f.Differing(), " ("+f.Kinds()+")", red)
+	say("dropped", f.Dropped, "", yellow)
+	return line
+}
+
 // leastName is what is left of a route's name in a narrow window: enough to tell it from others. Then columns are cut on the right.
 const leastName = 16
 
@@ -284,8 +325,13 @@ func Lines(before, now *Snapshot) []string {
 		routes = append(routes, sum)
 	}
 	j := now.Stats.Journal
+	found := make([]Found, len(now.Stats.Routes)+1) // the last is of all, as in routes
+	for i, r := range now.Stats.Routes {
+		found[i] = FoundOf(r)
+		found[len(found)-1].add(found[i])
+	}
 	var out []string
-	for _, r := range routes {
+	for i, r := range routes {
 		word := func(name string, v *float64) string {
 			if v == nil {
 				return name + "=-"
@@ -294,7 +340,7 @@ func Lines(before, now *Snapshot) []string {
 		}
 		out = append(out, strings.Join([]string{at, safe(r.Route), r.Phase,
 			word("reads/s", r.Reads), word("redis", r.Redis), word("jsonb", r.JSONB), word("miss", r.Misses), word("writes/s", r.Writes), word("refused/s", r.Refused),
-			"redis=" + now.Stats.Redis.Status, "postgres=" + now.Stats.Postgres.Status, fmt.Sprintf("journal=%d", j.RedisStale+j.StoreStale)}, " "))
+			"redis=" + now.Stats.Redis.Status, "postgres=" + now.Stats.Postgres.Status, fmt.Sprintf("journal=%d", j.RedisStale+j.StoreStale)}, " ")+found[i].words())
 	}
 	return out
 }

@@ -6,6 +6,10 @@
 package view
 
 import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"cacheproxy/proxy"
@@ -106,4 +110,64 @@ func (f flow) all(now proxy.Stats) (routes []Rates, sum Rates) {
 		routes = append(routes, f.rates(r.Name, r.Phase, r, was))
 	}
 	return routes, f.rates("all", now.MigrationPhase, a, b)
+}
+
+// Found is what a sidecar has found on a route since its start that most routes never have.
+type Found struct {
+	NoRow            int64            // writes of keys without a row
+	Checked, Dropped int64            // hits whose copies were compared, and those that could not be
+	Mismatches       map[string]int64 // those that differed, by kind
+}
+
+// FoundOf is what was found on a route.
+func FoundOf(r proxy.RouteStats) Found {
+	return Found{r.NoRow, r.Verified, r.Unverified, maps.Clone(r.Mismatches)}
+}
+
+func (f *Found) add(g Found) {
+	f.NoRow += g.NoRow
+	f.Checked += g.Checked
+	f.Dropped += g.Dropped
+	for kind, n := range g.Mismatches {
+		if f.Mismatches == nil {
+			f.Mismatches = map[string]int64{}
+		}
+		f.Mismatches[kind] += n
+	}
+}
+
+// Any tells whether there is anything to say.
+func (f Found) Any() bool { return f.NoRow+f.Checked+f.Dropped+f.Differing() > 0 }
+
+// Differing is how many differed.
+func (f Found) Differing() (sum int64) {
+	for _, n := range f.Mismatches {
+		sum += n
+	}
+	return sum
+}
+
+// Kinds says how they differed.
+func (f Found) Kinds() string {
+	var out []string
+	for _, kind := range slices.Sorted(maps.Keys(f.Mismatches)) {
+		if n := f.Mismatches[kind]; n > 0 {
+			out = append(out, fmt.Sprintf("%s %d", kind, n))
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+// words are fields for the end of a line, by the names that they have in /cache/stats; none for what is zero.
+func (f Found) words() string {
+	var b strings.Builder
+	for _, field := range []struct {
+		name string
+		n    int64
+	}{{"no_row", f.NoRow}, {"verify_checked", f.Checked}, {"verify_dropped", f.Dropped}, {"verify_mismatches", f.Differing()}} {
+		if field.n > 0 {
+			fmt.Fprintf(&b, " %s=%d", field.name, field.n)
+		}
+	}
+	return b.String()
 }

@@ -34,6 +34,15 @@ func at(seconds int, n int64) *Snapshot {
 	return &Snapshot{At: start.Add(time.Duration(seconds) * time.Second), Stats: st}
 }
 
+// withFound is a snapshot of a sidecar that has met keys without a row, and copies that differ.
+func withFound(s *Snapshot) *Snapshot {
+	s.Stats.Routes[0].NoRow = 3
+	s.Stats.Routes[0].Mismatches = map[string]int64{"missing": 0, "ttl": 0, "value": 0}
+	s.Stats.Routes[1].Verified, s.Stats.Routes[1].Unverified = 120, 5
+	s.Stats.Routes[1].Mismatches = map[string]int64{"value": 3, "missing": 1, "ttl": 0}
+	return s
+}
+
 func gone(seconds int) *Snapshot {
 	return &Snapshot{At: start.Add(time.Duration(seconds) * time.Second), Err: errors.New("no cacheproxy answers on here: connection refused")}
 }
@@ -41,6 +50,7 @@ func gone(seconds int) *Snapshot {
 func TestFrame(t *testing.T) {
 	screen := Screen{Width: 80, Height: 24, Title: "here", Hint: "q quits"}
 	old := at(2, 5)
+	found := withFound(at(2, 5))
 	down := at(2, 5)
 	down.Stats.Redis = proxy.RedisStats{Status: "down", Reason: "refused", SinceSeconds: 65}
 	down.Stats.Postgres = proxy.StoreStats{Status: "recovering", SinceSeconds: 1}
@@ -97,6 +107,18 @@ redis connected 15.2 MB   postgres connected
 		{"it was never there", nil, gone(0), nil, `
 cacheproxy here  q quits
 no cacheproxy answers on here: connection refused; trying again`},
+		{"keys without a row, and copies that differ", at(0, 1), found, nil, `
+cacheproxy here  mixed  up 1m2s  3 clients  400 commands/s  q quits
+redis connected 15.2 MB   postgres connected
+journal empty   promotions 18/s
+
+ROUTE  PHASE    READS/S   REDIS   JSONB    MISS  WRITES/S  REFUSED/S
+user   phase1       200  90.0 %   9.0 %   1.0 %       4.0          0
+report phase2       200  90.0 %   9.0 %   1.0 %       4.0          0
+all    mixed        400  90.0 %   9.0 %   1.0 %       8.0          0
+
+user since the start: no row 3
+report since the start: compared 120, differ 4 (missing 1, value 3), dropped 5`},
 	} {
 		got := "\n" + strings.Join(Frame(c.before, c.now, c.last, screen), "\n")
 		for _, part := range strings.Split(c.want, "\n…") {
@@ -119,7 +141,7 @@ func TestFrameFits(t *testing.T) {
 	}
 	for width := 0; width < 130; width += 3 {
 		for height := range 60 {
-			for _, now := range []*Snapshot{many, gone(3)} {
+			for _, now := range []*Snapshot{many, withFound(at(2, 5)), gone(3)} {
 				lines := Frame(at(0, 1), now, many, Screen{Width: width, Height: height, Title: "here", Hint: "q quits"})
 				if len(lines) > height {
 					t.Fatalf("%d lines in %d", len(lines), height)
@@ -133,6 +155,16 @@ func TestFrameFits(t *testing.T) {
 		}
 	}
 	text := strings.Join(Frame(at(0, 1), many, many, Screen{Width: 100, Height: 12}), "\n")
+	// What was found is shortened before the routes are, and keeps them from being shown no further than that.
+	for height, want := range map[int]string{
+		16: "all    mixed        400  90.0 %   9.0 %   1.0 %       8.0          0\n\nuser since the start: no row 3\nreport since the start: compared 120, differ 4 (missing 1, value 3), dropped 5",
+		12: "all    mixed        400  90.0 %   9.0 %   1.0 %       8.0          0\n\nall since the start: no row 3, compared 120, differ 4 (missing 1, value 3), dropped 5",
+		9:  "all    mixed        400  90.0 %   9.0 %   1.0 %       8.0          0",
+	} {
+		if got := strings.Join(Frame(at(0, 1), withFound(at(2, 5)), nil, Screen{Width: 120, Height: height}), "\n"); !strings.HasSuffix(got, want) {
+			t.Errorf("in %d lines:\n%s", height, got)
+		}
+	}
 	if !strings.Contains(text, "and 47 more routes") || !strings.HasPrefix(text[strings.LastIndex(text, "\n")+1:], "all") {
 		t.Errorf("what does not fit is not said:\n%s", text)
 	}
@@ -151,6 +183,11 @@ func TestLines(t *testing.T) {
 	want := "2026-03-04T05:06:09Z user phase1 reads/s=200.000 redis=0.900 jsonb=0.090 miss=0.010 writes/s=4.000 refused/s=0.000 redis=connected postgres=connected journal=0"
 	if got := Lines(at(0, 1), at(2, 5)); len(got) != 3 || got[0] != want {
 		t.Errorf("got %q", got)
+	}
+	for i, end := range []string{"journal=0 no_row=3", "journal=0 verify_checked=120 verify_dropped=5 verify_mismatches=4", "journal=0 no_row=3 verify_checked=120 verify_dropped=5 verify_mismatches=4"} {
+		if got := Lines(at(0, 1), withFound(at(2, 5))); len(got) != 3 || !strings.HasSuffix(got[i], end) {
+			t.Errorf("got %q, want it to end in %q", got, end)
+		}
 	}
 	if got := Lines(nil, gone(2)); len(got) != 1 || got[0] != "2026-03-04T05:06:09Z no cacheproxy answers on here: connection refused; trying again" {
 		t.Errorf("got %q", got)
