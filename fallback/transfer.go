@@ -15,6 +15,12 @@ var ErrTransferring = errors.New("fallback: another process is at it")
 // TransferLockClass is the first of the two numbers of the advisory lock of a transfer; the second is the hash of its name.
 const TransferLockClass = 0x63707472
 
+// The last holder may have ended this moment, as after Ctrl-C and at once --resume, and Postgres not have noticed.
+const (
+	lastHolder     = time.Second
+	lastHolderPoll = 20 * time.Millisecond
+)
+
 // Transfer is the right to copy one route in one direction, and the place where it is written down how far that got. The right is a lock of
 // a session, on a connection of its own: it ends with the process, however that ends. It belongs to one goroutine at a time.
 type Transfer struct {
@@ -39,7 +45,13 @@ func (t *Transfer) lock(ctx context.Context) error {
 			return err
 		}
 		ours := false
-		err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1::int, hashtext($2::text))`, TransferLockClass, t.direction+" "+t.route).Scan(&ours)
+		for end := time.Now().Add(lastHolder); ; {
+			err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1::int, hashtext($2::text))`, TransferLockClass, t.direction+" "+t.route).Scan(&ours)
+			if ours || err != nil || time.Now().After(end) {
+				break
+			}
+			time.Sleep(lastHolderPoll)
+		}
 		switch {
 		case err != nil:
 			conn.Release()
