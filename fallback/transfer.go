@@ -45,7 +45,7 @@ func (t *Transfer) lock(ctx context.Context) error {
 			return err
 		}
 		ours := false
-		for end := time.Now().Add(lastHolder); ; {
+		for end := time.Now().Add(min(lastHolder, t.s.cfg.QueryTimeout/2)); ; {
 			err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1::int, hashtext($2::text))`, TransferLockClass, t.direction+" "+t.route).Scan(&ours)
 			if ours || err != nil || time.Now().After(end) {
 				break
