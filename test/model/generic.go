@@ -114,6 +114,10 @@ func (m *model) exec(st *state, s int) {
 			m.restart(n, s)
 			return
 		}
+		if a.code[0] == refused || a.code[1] == refused {
+			m.uncertain(n, s)
+			return
+		}
 		m.mirror(n, s, a, overtakes)
 	})
 }

@@ -51,6 +51,7 @@ var families = []worlds{
 	{name: "the way back", phases: []string{"34"}, letters: "BGS", total: 2, most: 2, change: []func(*Config){returned}},
 	{name: "transactions", phases: []string{"01", "11", "12"}, letters: "TSD", total: 2, faults: evict, change: []func(*Config){letter}},
 	{name: "transactions and a link to Postgres", phases: []string{"11"}, letters: "TSD", total: 2, faults: Faults{PgLink: 1}},
+	{name: "transactions and a link to Redis", phases: []string{"11"}, letters: "TRS", total: 2, faults: Faults{RedisLink: 1}},
 	{name: "both stores or none", phases: []string{"11"}, letters: "SDGXR", total: 2, faults: Faults{PgLink: 1}, change: []func(*Config){both}},
 	{name: "three sidecars", phases: []string{"111", "011", "112"}, letters: "SDG", total: 2},
 	{name: "three sidecars and a crash", phases: []string{"111"}, letters: "SG", total: 2, faults: crash},

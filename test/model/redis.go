@@ -371,6 +371,13 @@ func (m *model) scriptRun(st *state, c script, k int, a *answer) {
 		st.put(k, max(c.num, r.num[k]), overtake)
 		return
 	}
+	if r.mark[k] != 0 && !m.rules.CaptureMarked { // by a late EXEC of another, which leaves the lease alone
+		st.set(k, val, exp)
+		r.mark[k] = c.ver
+		st.put(k, c.num, overtake)
+		a.one(k, refused, 0, 0)
+		return
+	}
 	st.set(k, 0, 0)
 	st.put(k, max(c.num, r.num[k]), c.tok)
 }
