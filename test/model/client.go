@@ -156,7 +156,7 @@ func (m *model) goOn(st *state, s int) {
 		m.overtake(st, s)
 	case runLock, runPrepare, runAdopt, runExec:
 		m.run(st, s)
-	case queuedLoad, queuedExec:
+	case queuedLoad, queuedForce, queuedExec:
 		m.queued(st, s)
 	case fenceLock, fenceFlush, fenceCommit, fenceOpen:
 		m.fence(st, s)

@@ -9,6 +9,8 @@ type Config struct {
 	Redis    int8           // what the first key holds there in the beginning: 0 or First
 	Store    int8           // the same of the store
 	Second   bool           // the second key begins as the first; else it is absent in both
+	Marked   bool           // Redis's journal marks the first key, whose writer is gone
+	Apart    bool           // the first sidecar does not trust Redis yet
 	Mortal   bool           // they end, at some time
 	Holds    int8           // what it held in the eyes of clients; only if it is Unlike the two
 	Unlike   bool
@@ -99,6 +101,9 @@ func newModel(cfg Config) (*model, state) {
 		m.moments |= bit(int(first))
 	}
 	holds := max(cfg.Redis, cfg.Store, 0)
+	if cfg.Marked {
+		holds = cfg.Redis
+	}
 	if cfg.Unlike {
 		holds = cfg.Holds
 	}
@@ -120,8 +125,14 @@ func newModel(cfg Config) (*model, state) {
 			st.p.exp[k] = end
 		}
 	}
+	if cfg.Marked {
+		st.r.mark[0] = first
+	}
 	for s, p := range cfg.Phases {
 		st.sc[s] = sidecar{alive: true, phase: p, link: true, trusted: true, postgres: true, anchor: 1}
+	}
+	if cfg.Apart {
+		st.sc[0].link, st.sc[0].trusted = false, false
 	}
 	f := cfg.Faults
 	st.left = budget{crash: f.Crash, back: f.Back, redisLink: f.RedisLink, pgLink: f.PgLink, lapse: f.Lapse, restart: f.Restart,

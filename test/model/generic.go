@@ -5,6 +5,7 @@ func (m *model) run(st *state, s int) {
 	op := m.present(st, s)
 	c := &st.sc[s].c
 	me := clientThread + int8(s)
+	reads := serves(st.sc[s].phase) || m.rules.DrainTakesRow
 	switch c.at {
 	case runLock:
 		if !st.sc[s].trusted {
@@ -32,7 +33,15 @@ func (m *model) run(st *state, s int) {
 				m.refuses(n, s)
 				return
 			}
-			c.at, c.touched, c.void = runExec, 0, false
+			both, ok := m.bothName(n, s, me, a)
+			if !ok {
+				m.refuses(n, s)
+				return
+			}
+			c.at, c.touched, c.void, c.both = runExec, 0, false, 0
+			if reads {
+				c.both = both
+			}
 			for k := range maxKeys {
 				if op.keys&bit(k) == 0 {
 					continue
@@ -43,7 +52,7 @@ func (m *model) run(st *state, s int) {
 					m.lift(n, a)
 					m.restart(n, s)
 					return
-				case rows && a.mark[k] != 0:
+				case rows && a.mark[k] != 0 && c.both&bit(k) == 0:
 					c.wait, c.code[k] = bit(k), marked
 					m.finish(n, s)
 					return
@@ -82,7 +91,7 @@ func (m *model) exec(st *state, s int) {
 	ver := int8(m.index(st, s) + 1)
 	overtakes := c.unlocked || !st.sc[s].phase.Rules().Write.KeepsRow()
 	p := script{kind: scriptRun, keys: op.keys, op: int8(m.index(st, s)), num: c.num, tok: m.writerToken(st, s), ver: ver, force: overtakes,
-		arg: c.row, exp: c.rex, touched: c.touched}
+		arg: c.row, exp: c.rex, touched: c.touched, both: c.both}
 	if !serves(st.sc[s].phase) && !m.rules.DrainTakesRow {
 		p.arg = [maxKeys]int8{}
 	}
@@ -103,6 +112,10 @@ func (m *model) exec(st *state, s int) {
 		case a.code[0] == changed || a.code[1] == changed:
 			m.forgetMarks(n, s, op.keys, ver)
 			m.restart(n, s)
+			return
+		}
+		if a.code[0] == refused || a.code[1] == refused {
+			m.uncertain(n, s)
 			return
 		}
 		m.mirror(n, s, a, overtakes)

@@ -121,6 +121,11 @@ func (m *model) compute(n *state, s int, a answer) {
 		m.refuses(n, s)
 		return
 	}
+	both, ok := m.bothName(n, s, clientThread+int8(s), a)
+	if !ok {
+		m.withoutStore(n, s)
+		return
+	}
 	val, exp := a.val, a.exp
 	for k := range maxKeys {
 		if op.keys&bit(k) == 0 {
@@ -133,8 +138,7 @@ func (m *model) compute(n *state, s int, a answer) {
 			m.lift(n, a)
 			m.restart(n, s)
 			return
-		case locked && a.mark[k] == 0 && c.row[k] != 0,
-			locked && live(c.row[k]) && a.mark[k] != 0 && m.staleInRedis(n, s)&bit(k) != 0:
+		case locked && a.mark[k] == 0 && c.row[k] != 0, locked && both&bit(k) != 0:
 			val[k], exp[k] = c.row[k], c.rex[k]
 		case c.unlocked && a.val[k] == 0 && a.mark[k] == 0 && op.needs():
 			m.refuses(n, s) // the store may hold it
@@ -146,6 +150,24 @@ func (m *model) compute(n *state, s int, a answer) {
 	if c.dirty == 0 {
 		m.answers(n, s, c.res)
 	}
+}
+
+// bothName tells which keys of the present command, whose rows are locked, both journals name: there the row wins, a tombstone too. The entries are
+// those of the moment; nobody makes or strikes one that names the keys while they are locked. false: Postgres cannot tell.
+func (m *model) bothName(n *state, s int, thread int8, a answer) (both uint8, ok bool) {
+	op, c := m.present(n, s), &n.sc[s].c
+	if c.unlocked || m.rules.BothBlind {
+		return 0, true
+	}
+	for k := range maxKeys {
+		if op.keys&bit(k) != 0 && a.mark[k] != 0 && c.row[k] != 0 {
+			both |= bit(k)
+		}
+	}
+	if both != 0 && (!n.sc[s].postgres || !n.holds(thread) && !m.lockless()) {
+		return 0, false
+	}
+	return both & n.named(n.p.entries), true
 }
 
 // rowsOf are the keys that have a row, of those that are written.

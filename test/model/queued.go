@@ -12,13 +12,29 @@ func (m *model) queued(st *state, s int) {
 	}
 	keeps := st.sc[s].phase.Rules().Write.KeepsRow() && !c.unlocked
 	switch c.at {
-	case queuedLoad:
+	case queuedLoad, queuedForce:
 		p := script{kind: scriptLoad, keys: op.keys, num: c.num, arg: rows, exp: c.rex}
-		m.send(st, s, p, "EXEC 1: loads", func(n *state, a answer) {
+		what := "EXEC 1: loads"
+		if c.at == queuedForce { // once: whoever marks a key from now on is newer
+			p.both, p.looked = c.both, true
+			what = "EXEC 1: loads where both journals name a key"
+		}
+		m.send(st, s, p, what, func(n *state, a answer) {
 			c := &n.sc[s].c
 			if !a.ok {
 				m.refuses(n, s)
 				return
+			}
+			if c.at == queuedLoad && reads && a.code[0] != refused && a.code[1] != refused {
+				both, ok := m.bothName(n, s, clientThread+int8(s), a)
+				if !ok {
+					m.refuses(n, s)
+					return
+				}
+				if both != 0 {
+					c.at, c.both = queuedForce, both
+					return
+				}
 			}
 			c.at = queuedExec
 			for k := range maxKeys {
@@ -63,12 +79,15 @@ func (m *model) queued(st *state, s int) {
 // scriptLoad brings a row into Redis. arg is the row.
 func (m *model) scriptLoad(st *state, c script, k int, a *answer) {
 	r := &st.r
-	if c.num > 0 && (m.low(st, c, k) || m.twice(st, c, k)) {
+	if c.num > 0 && (m.low(st, c, k) || !c.looked && m.twice(st, c, k)) {
 		a.one(k, refused, 0, 0)
 		return
 	}
 	if c.num > 0 {
 		st.put(k, c.num, free)
+	}
+	if c.both&bit(k) != 0 {
+		r.mark[k] = 0
 	}
 	switch {
 	case r.mark[k] != 0:

@@ -21,7 +21,9 @@ func (m *model) read(st *state, s int) {
 				c.at = direct
 			case a.code[k] == value:
 				m.hit(n, s, k, a.val[k])
-			case a.code[k] == marked, a.code[k] == absentNow:
+			case a.code[k] == marked:
+				m.hit(n, s, k, 0) // deleted, as Redis knows it
+			case a.code[k] == absentNow:
 				m.answers(n, s, 0)
 			case a.code[k] == granted:
 				c.at, c.void = missLoad, false
@@ -115,7 +117,7 @@ func (m *model) read(st *state, s int) {
 			case a.code[k] == value:
 				m.hit(n, s, k, a.val[k])
 			case a.mark[k] != 0:
-				m.answers(n, s, 0)
+				m.hit(n, s, k, 0)
 			default:
 				m.answers(n, s, max(c.row[k], 0))
 			}

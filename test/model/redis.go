@@ -16,6 +16,7 @@ type script struct {
 	compares bool  // the mark and the number too
 	looked   bool  // the number is there already, by an earlier script of the same command
 	touched  uint8 // of scriptRun: leases that have changed since they are watched
+	both     uint8 // of scriptRun and scriptLoad: keys that both journals name, whose marks go
 }
 
 type scriptKind uint8
@@ -348,6 +349,9 @@ func (m *model) overtaken(c script, a *answer) bool {
 // scriptRun loads, runs and captures in one MULTI. arg is the row. force: Redis is the truth, and K is marked.
 func (m *model) scriptRun(st *state, c script, k int, a *answer) {
 	r := &st.r
+	if c.both&bit(k) != 0 {
+		r.mark[k] = 0
+	}
 	switch {
 	case r.mark[k] != 0:
 	case live(c.arg[k]):
@@ -365,6 +369,13 @@ func (m *model) scriptRun(st *state, c script, k int, a *answer) {
 		st.set(k, val, exp)
 		r.mark[k] = c.ver
 		st.put(k, max(c.num, r.num[k]), overtake)
+		return
+	}
+	if r.mark[k] != 0 && !m.rules.CaptureMarked { // by a late EXEC of another, which leaves the lease alone
+		st.set(k, val, exp)
+		r.mark[k] = c.ver
+		st.put(k, c.num, overtake)
+		a.one(k, refused, 0, 0)
 		return
 	}
 	st.set(k, 0, 0)

@@ -51,7 +51,7 @@ var messages = map[string][]string{
 	"read":       {"overtake 2: reads", "run 2: brings the number, watches the leases", "miss 4: looks under the lock", "repair of a mark: reads"},
 	"write":      {"overtake 3: marks and writes"},
 	"strike":     {"overtake 5: strikes the marks", "repair of a mark: strikes it"},
-	"load":       {"EXEC 1: loads"},
+	"load":       {"EXEC 1: loads", "EXEC 1: loads where both journals name a key"},
 	"capture":    {"run 3: loads, runs, captures", "EXEC 2: runs, captures"},
 	"overtake":   {"run 3: loads, runs, captures", "EXEC 2: runs, captures"},
 }

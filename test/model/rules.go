@@ -49,4 +49,5 @@ type Rules struct {
 	CaptureMarked   bool // the end of a transaction takes a key out of Redis that somebody has marked since the load
 	StrikeSilent    bool // a strike leaves the row as old as it is, and does not ask whether Redis was lost since
 	PutBackStruck   bool // a mark that Redis lost is put back also where the key is not there
+	BothBlind       bool // a marked key is taken from Redis although an entry names it too
 }

@@ -26,6 +26,7 @@ func mortal(c *Config)    { c.Mortal = true }
 func negatives(c *Config) { c.Negative = true }
 func both(c *Config)      { c.BothStores = true }
 func letter(c *Config)    { c.Letter = true }
+func struck(c *Config)    { c.Marked, c.Apart = true, true } // a failover has brought a mark back, and the first sidecar does not trust the new Redis yet
 func flushed(c *Config)   { c.Second = true }
 func returned(c *Config)  { c.Unlike, c.Holds = true, 0 }
 
@@ -131,6 +132,12 @@ var variants = []struct {
 		func(r *Rules) { r.DrainTakesRow = true }, world("34", []string{"X", "S"}, First, First, Faults{})},
 	{"the end of a transaction takes out what somebody has marked", "absent and marked means deleted",
 		func(r *Rules) { r.CaptureMarked = true }, world("11", []string{"T", "S"}, First, First, Faults{PgLink: 1})},
+	{"phase2 takes a marked key from Redis though an entry names it", "a failover has brought back the mark, and with it what was deleted since",
+		func(r *Rules) { r.BothBlind = true }, world("12", []string{"D", "X"}, First, 0, Faults{}).with(struck)},
+	{"a script takes a marked key from Redis though an entry names it", "the same, of what was replaced since",
+		func(r *Rules) { r.BothBlind = true }, world("12", []string{"S", "R"}, First, 0, Faults{}).with(struck)},
+	{"a transaction takes a marked key from Redis though an entry names it", "the same",
+		func(r *Rules) { r.BothBlind = true }, world("12", []string{"D", "T"}, First, 0, Faults{}).with(struck)},
 	{"a strike leaves the row as old as it is", "a failover loses the delete, and the row is too old to be looked at",
 		func(r *Rules) { r.StrikeSilent = true }, world("11", []string{"S", ""}, First, First, Faults{RedisLink: 1, Failover: 1, Hours: 1}).with(letter)},
 }

@@ -100,6 +100,7 @@ type client struct {
 	waited   bool          // for somebody else's lease
 	wmark    [maxKeys]int8 // the mark that it read, and the number
 	wnum     [maxKeys]int8
+	both     uint8  // keys that both journals name: the row wins
 	excused  uint8  // keys of which it began under exception (a)
 	seen     uint16 // values that a read may answer so far, if P3 is taken by its letter
 	res      int8
@@ -182,6 +183,7 @@ const (
 	runExec
 
 	queuedLoad // "Transactions"
+	queuedForce
 	queuedExec
 
 	fenceLock
