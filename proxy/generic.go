@@ -968,7 +968,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		if k.code == keyRefused {
 			continue // the script has left the newer writer's truth standing
 		}
-		s := &keyState{ref: st.keys[i], route: st.routes[i], row: st.rows[i], redis: keyReply{code: keyDone}}
+		s := &keyState{ref: st.keys[i], route: st.routes[i], row: st.rows[i], redis: keyReply{code: keyDone}, both: st.both[st.keys[i].Key]}
 		g.at[s.ref.Key] = len(g.states)
 		g.states = append(g.states, s)
 		switch k.code {
@@ -1049,7 +1049,7 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 		return reply
 	case len(g.states) > 0 && on:
 		return e.stats.unsure(st.route(), "the connection to Postgres broke").reply(nil)
-	case len(g.states) == 0 && !e.namesStale(st.pick(st.overtaken())):
+	case len(g.states) == 0 && len(st.both) == 0 && !e.namesStale(st.pick(st.overtaken())):
 		return reply
 	case e.store.Uncertain(err):
 		return e.stats.unsure(st.route(), "the connection to Postgres broke").reply(nil)

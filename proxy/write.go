@@ -865,7 +865,7 @@ func (w *writer) writeOn(ctx context.Context, g *group, h hold) {
 		case !s.dirty:
 			same = append(same, s)
 		case s.alone(): // done, or not to be done
-		case !s.wait && s.route.Phase.Rules().Write == policy.WriteBoth && !e.journal.staleRedis(s.ref.Key):
+		case !s.wait && s.route.Phase.Rules().Write == policy.WriteBoth && !s.both && !e.journal.staleRedis(s.ref.Key):
 			dirty = append(dirty, s)
 		}
 	}
@@ -1224,7 +1224,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		e.journal.leaveMarks(dirty, version)
 	}
 	for _, o := range outcomes {
-		if o.changed && !ok && e.namesStale(o.op.keys) {
+		if o.changed && !ok && (e.namesStale(o.op.keys) || g.both(o.op.keys)) {
 			o.op.refuse(e.stats.unsure(o.op.routes[0], "the connection to Postgres broke"))
 			continue
 		}
@@ -1253,6 +1253,11 @@ func anyHeld(rs []keyReply) bool {
 // name the key, and the row win over it.
 func staleAndAlone(r *policy.Route) *refusal {
 	return unavailable(r, "redis's copy is stale and postgres cannot be reached")
+}
+
+// both: both journals name one of the keys.
+func (g *group) both(keys []policy.Ref) bool {
+	return slices.ContainsFunc(keys, func(ref policy.Ref) bool { return g.states[g.at[ref.Key]].both })
 }
 
 // namesStale: the copy in Redis of one of the keys is journaled as stale.
