@@ -81,7 +81,7 @@ chaos: ## several sidecars under faults for CHAOS, such as 1h; what clients were
 	CHAOS=$(CHAOS) $(GO) test -v -count=1 -timeout=0 ./test/chaos
 
 # Alone, too.
-journey: ## a table of 200,000 rows goes from a column to Redis while readers and 500 writes a second never stop; four minutes
+journey: ## a table of 200,000 rows goes from a column to Redis while readers and 500 writes a second never stop; seven minutes
 	@sh scripts/install-deps.sh
 	$(GO) test -v -count=1 -timeout=20m ./test/journey
 
