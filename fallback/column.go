@@ -151,7 +151,10 @@ type column struct {
 // scope names the column's fences among those of the table's routes: what flushes cacheproxy.entries says nothing of a column.
 func (c *column) scope() string { return columnScope(c.Route) }
 
-func columnScope(route string) string { return "column " + route }
+func columnScope(route string) string { return columnFences + route }
+
+// columnFences begins the scopes of columns.
+const columnFences = "column "
 
 // relation is the table's name in SQL.
 func (c *column) relation() string { return pgx.Identifier{c.schema, c.table}.Sanitize() }

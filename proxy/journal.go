@@ -32,6 +32,8 @@ type journal struct {
 	inRedis map[string]inEntries // guarded by mu: the keys of intents
 	intents map[int64]entry      // guarded by mu: entries known
 	young   map[int64]bool       // guarded by mu: entries of others that they may be repairing now
+	left    map[int64]time.Time  // guarded by mu: entries that are for others to repair (see repairBatch), and when to look at them again
+	leftBy  *policy.Router       // guarded by mu: the routes under which they are
 	own     map[int64]uint64     // guarded by mu: entries that this process wrote to, and the poll before which it last did
 	marks   map[string]string    // guarded by mu: key -> version, own and polled twice
 	mine    map[string]mark      // guarded by mu: marks of this process, until struck
@@ -82,6 +84,9 @@ const (
 	maxJournal = 100_000
 	// maxRepair keys share a transaction when they are repaired.
 	maxRepair = 128
+	// leftAgain is how soon an entry that is for others to repair is looked at again: a write may have taken its row away. Sooner would lock the rows
+	// of the application's for nothing; later would leave the journal longer than it is.
+	leftAgain = 10 * time.Second
 	// markPage entries are read from Redis's journal at once.
 	markPage = 1000
 )
@@ -399,6 +404,7 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 			delete(j.own, id)
 		}
 	}
+	maps.DeleteFunc(j.left, func(id int64, _ time.Time) bool { _, ok := fresh[id]; return !ok })
 	j.intents, j.inRedis = map[int64]entry{}, map[string]inEntries{}
 	for id, in := range fresh {
 		j.learn(id, in)
@@ -409,7 +415,7 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 }
 
 // pollRedis reads the journal in Redis, writes Postgres's time beside it, and puts back what Redis lost. data names the data set
-// that has been verified; "" for none writes no time.
+// that has been verified; "" for none writes no time. One that was verified in part is named as such.
 // A mark seen at two polls is no writer at work.
 func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, restarted bool) error {
 	e := j.e
@@ -420,6 +426,9 @@ func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, res
 	stamp := ""
 	if !now.IsZero() {
 		stamp = strconv.FormatInt(now.UnixMilli(), 10)
+	}
+	if part := e.inPart.Load(); part != nil && part.set == data {
+		data += inPart
 	}
 	frame, err := e.up.eval(ctx, scriptPoll, func(dst []string) []string {
 		return append(dst, "2", journalName, clockName, stamp, j.version(), anchorField, data)
@@ -562,14 +571,14 @@ func (j *journal) repairIntents(ctx context.Context) error {
 	rand.Shuffle(len(batches), func(a, b int) { batches[a], batches[b] = batches[b], batches[a] })
 	var failed error
 	for _, b := range batches {
-		struck, err := j.repairBatch(ctx, b)
+		struck, left, err := j.repairBatch(ctx, b)
 		switch {
 		case err != nil:
 			failed = err // a lock that somebody keeps holds up these keys and no others
 			if !j.e.up.trusted() || !j.e.store.up.Load() {
 				return failed
 			}
-		case struck == 0:
+		case struck+left == 0:
 			j.kick()
 			return failed
 		}
@@ -587,10 +596,14 @@ type batch struct {
 func (j *journal) batches() (out []batch) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if router := j.e.router.Load(); j.leftBy != router {
+		j.left, j.leftBy = map[int64]time.Time{}, router
+	}
+	now := time.Now()
 	var b batch
 	seen := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(j.intents)) {
-		if j.young[id] {
+		if j.young[id] || now.Before(j.left[id]) {
 			continue
 		}
 		n := 0
@@ -638,30 +651,50 @@ var errOtherKeys = errors.New("an entry names keys that are not locked")
 //	1 R locks K, deletes it in Redis, strikes E    2 W locks K, finds E gone and commits with an entry of its own
 //
 // Without the lock R might delete K before W's commit, a reader promote the row that W replaces, and E go: nobody would know.
-func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err error) {
+//
+// Where the store is not read, its row is no reason to touch Redis, and the entry is left to those who read it:
+//
+//	1 K's row is changed, with an entry    2 K is written through phase3, which tells the store nothing    3 drain deletes K: nobody has it any more
+//
+//	1 K's row is changed, with an entry    2 drain strikes it and leaves K alone    3 phase2, which has not polled yet, serves what Redis has, for ever
+//
+// It tells how many entries were struck, and how many are left.
+func (j *journal) repairBatch(ctx context.Context, b batch) (struck, left int, err error) {
 	e := j.e
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
 	defer cancel()
 	epoch := e.up.epoch.Load()
 	tx, err := e.store.lock(ctx, b.refs)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer tx.Rollback()
-	there, err := tx.Strike(ctx, b.ids)
-	if e.store.note("strike", err) != nil {
-		return 0, err
-	}
 	rows := map[string]policy.Row{}
 	for i, row := range tx.Rows() {
 		rows[b.refs[i].Key] = row
 	}
+	others := func(ref policy.Ref) bool { return rows[ref.Key].State != policy.Absent && !e.readsStore(ref) }
+	ids := j.leave(b.ids, others)
+	if left = len(b.ids) - len(ids); len(ids) == 0 {
+		return 0, left, nil
+	}
+	there, err := tx.Strike(ctx, ids)
+	if e.store.note("strike", err) != nil {
+		return 0, 0, err
+	}
 	todo := map[string]bool{}
+	var remain []policy.Ref // of entries that also name keys that are ours to repair
 	for _, in := range there {
 		for _, ref := range in.Refs {
 			row, locked := rows[ref.Key]
 			if !locked {
-				return 0, errOtherKeys
+				return 0, 0, errOtherKeys
+			}
+			if others(ref) {
+				if !slices.Contains(remain, ref) {
+					remain = append(remain, ref)
+				}
+				continue
 			}
 			todo[ref.Key] = speaks(row)
 		}
@@ -669,7 +702,7 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 	named := len(todo)
 	maps.DeleteFunc(todo, func(_ string, has bool) bool { return !has })
 	if err := j.dropRowless(ctx, tx, b.refs, there); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	marked := 0
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(todo)), maxRepair) {
@@ -677,22 +710,22 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "1", "0")
 		if err != nil {
 			e.redisFailed(err)
-			return 0, err
+			return 0, 0, err
 		}
 		for _, r := range rs {
 			if r.code != keyDone {
 				e.lift(ctx, tx, rs)
-				return 0, errOvertaken
+				return 0, 0, errOvertaken
 			}
 			marked += int(r.at)
 		}
 	}
 	if e.up.epoch.Load() != epoch {
-		return 0, errLost
+		return 0, 0, errLost
 	}
 	if len(there) > 0 {
-		if _, err := tx.Commit(ctx, nil, nil, nil, false); e.store.note("strike", err) != nil {
-			return 0, err // the entries are there, or their keys are repaired
+		if _, err := tx.Commit(ctx, nil, remain, nil, false); e.store.note("strike", err) != nil {
+			return 0, 0, err // the entries are there, or their keys are repaired
 		}
 	}
 	tx.Rollback()
@@ -706,12 +739,26 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 			j.longest.entry = max(j.longest.entry, stood(known.since))
 		}
 	}
-	for _, id := range b.ids {
+	for _, id := range ids {
 		j.unlearn(id)
 		delete(j.own, id)
 	}
 	j.publish()
-	return len(there), nil
+	return len(there), left, nil
+}
+
+// leave takes out of ids the entries all of whose keys are for others to repair, and remembers them.
+func (j *journal) leave(ids []int64, others func(policy.Ref) bool) (mine []int64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, id := range ids {
+		if in := j.intents[id]; len(in.refs) > 0 && !slices.ContainsFunc(in.refs, func(ref policy.Ref) bool { return !others(ref) }) {
+			j.left[id] = time.Now().Add(leftAgain)
+			continue
+		}
+		mine = append(mine, id)
+	}
+	return mine
 }
 
 // repairBytes of values go through one repair at once; a larger one goes alone.
