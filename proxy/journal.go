@@ -79,8 +79,8 @@ type mark struct {
 }
 
 const (
-	// maxJournal bounds what is remembered of a journal: 100,000 keys are some 20 MB. Beyond it every copy on that side may be stale, so
-	// none is served without a look at the other until the journal is shorter.
+	// maxJournal keys are remembered of a journal: 100,000 are some 20 MB, and all of it is read again at every poll. Beyond it every copy on that side may be
+	// stale, so none is served without a look at the other until the journal is shorter. Keys are counted, and not entries: triggers name a hundred in one.
 	maxJournal = 100_000
 	// maxRepair keys share a transaction when they are repaired.
 	maxRepair = 128
@@ -285,7 +285,9 @@ func (j *journal) run(ctx context.Context) {
 			}
 			continue
 		}
-		j.poll(ctx)
+		if more := j.poll(ctx); more && j.e.store.up.Load() {
+			wait.Reset(0)
+		}
 		if !j.e.store.up.Load() { // the probe of the open breaker: 100 ms, doubling to a second
 			wait.Reset(probe)
 			probe = min(2*probe, j.e.cfg.ProbeMax)
@@ -309,28 +311,30 @@ func (j *journal) known() []int64 {
 	return slices.Collect(maps.Keys(j.intents))
 }
 
-// poll reads both journals and repairs what it can.
-func (j *journal) poll(ctx context.Context) {
+// poll reads both journals and repairs what it can in the time until the next poll. more: something is left to repair.
+func (j *journal) poll(ctx context.Context) (more bool) {
 	trusted := j.e.up.trusted()
 	if j.pollStore(ctx, trusted) != nil {
-		return // without Postgres nothing can be repaired, and reads of Redis look at the marks there
+		return false // without Postgres nothing can be repaired, and reads of Redis look at the marks there
 	}
 	if !trusted {
-		return
+		return false
 	}
 	j.mu.Lock()
 	now := j.clock
 	j.mu.Unlock()
 	_, _, data := j.e.up.present()
 	if err := j.pollRedis(ctx, now, data, false); err != nil {
-		return
+		return false
 	}
-	if err := j.repair(ctx); err != nil {
+	more, err := j.repair(ctx)
+	if err != nil {
 		j.e.log.Debug("repair goes on later", zap.Error(err))
 	}
+	return more
 }
 
-// readIntents reads the journal in Postgres: all of it up to maxJournal entries, or a page.
+// readIntents reads the journal in Postgres: all of it up to maxJournal keys, or a page.
 func (j *journal) readIntents(ctx context.Context, whole bool) (StorePoll, error) {
 	page := func(after int64) (StorePoll, error) {
 		ctx, cancel := context.WithTimeout(ctx, j.e.cfg.StoreTimeout)
@@ -343,12 +347,22 @@ func (j *journal) readIntents(ctx context.Context, whole bool) (StorePoll, error
 	for i := 0; i < askAgain && err == nil && j.e.clocks.store.doubtful(); i++ {
 		p, err = page(0)
 	}
-	for err == nil && whole && p.More && len(p.Intents) < maxJournal {
+	keys := countKeys(p.Intents)
+	for err == nil && whole && p.More && keys < maxJournal {
 		var next StorePoll
 		next, err = page(p.Intents[len(p.Intents)-1].ID)
 		p.Intents, p.More = append(p.Intents, next.Intents...), next.More
+		keys += countKeys(next.Intents)
 	}
 	return p, err
+}
+
+// countKeys is how many keys the entries name.
+func countKeys(entries []Intent) (n int) {
+	for _, in := range entries {
+		n += len(in.Refs)
+	}
+	return n
 }
 
 // pollStore reads the journal in Postgres, the whole of it if Redis is trusted or about to be: what it calls stale there must be known.
@@ -388,9 +402,11 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 		j.overflow.Store(p.More)
 	}
 	if p.More { // what lies behind is still known from before
+		keys := countKeys(p.Intents)
 		for id, in := range j.intents {
-			if _, ok := fresh[id]; !ok && len(fresh) < maxJournal {
+			if _, ok := fresh[id]; !ok && keys < maxJournal {
 				fresh[id] = in
+				keys += len(in.refs)
 			}
 		}
 	}
@@ -537,12 +553,14 @@ func (j *journal) putBack(ctx context.Context, keys, versions []string) error {
 	return nil
 }
 
-// repair makes the copies of journaled keys equal again (docs/consistency.md, "Journals and repair").
-func (j *journal) repair(ctx context.Context) error {
+// repair makes the copies of journaled keys equal again (docs/consistency.md, "Journals and repair"). It ends when the next poll is due, and tells whether there is
+// more to do: what is written while a long journal is worked off must be known as soon as anything else. Each of the two journals has half of the time.
+func (j *journal) repair(ctx context.Context) (more bool, _ error) {
 	j.mu.Lock()
 	marks := maps.Clone(j.marks)
 	j.mu.Unlock()
-	failed := j.repairIntents(ctx)
+	more, failed := j.repairIntents(ctx)
+	end := time.Now().Add(j.e.cfg.Poll / 4)
 	var refs []policy.Ref
 	for _, key := range slices.Sorted(maps.Keys(marks)) {
 		refs = append(refs, j.e.ref(key))
@@ -550,40 +568,45 @@ func (j *journal) repair(ctx context.Context) error {
 	// Every sidecar does so, see repairIntents.
 	parts := slices.Collect(slices.Chunk(refs, maxRepair))
 	rand.Shuffle(len(parts), func(a, b int) { parts[a], parts[b] = parts[b], parts[a] })
-	for _, part := range parts {
+	for i, part := range parts {
 		n, err := j.repairMarks(ctx, part)
 		switch {
 		case err != nil:
-			return err
+			return more, err
 		case n == 0 && len(parts) > 1:
 			j.kick()
-			return failed
+			return more, failed
+		case i < len(parts)-1 && time.Now().After(end):
+			return true, failed
 		}
 	}
-	return failed
+	return more, failed
 }
 
 // repairIntents repairs what the journal in Postgres names: entries that share keys, or are small, go together. Every sidecar does so,
 // and after an outage at the same moment, therefore in an order of its own; one that finds that others were faster reads the
 // journal again instead of following them through all of it.
-func (j *journal) repairIntents(ctx context.Context) error {
+func (j *journal) repairIntents(ctx context.Context) (more bool, failed error) {
+	end := time.Now().Add(j.e.cfg.Poll / 4)
 	batches := j.batches()
 	rand.Shuffle(len(batches), func(a, b int) { batches[a], batches[b] = batches[b], batches[a] })
-	var failed error
-	for _, b := range batches {
+	for i, b := range batches {
 		struck, left, err := j.repairBatch(ctx, b)
 		switch {
 		case err != nil:
 			failed = err // a lock that somebody keeps holds up these keys and no others
 			if !j.e.up.trusted() || !j.e.store.up.Load() {
-				return failed
+				return false, failed
 			}
 		case struck+left == 0:
 			j.kick()
-			return failed
+			return false, failed
+		}
+		if i < len(batches)-1 && time.Now().After(end) {
+			return true, failed
 		}
 	}
-	return failed
+	return false, failed
 }
 
 // batch is what one repair takes on: whole entries, and all their keys.
