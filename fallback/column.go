@@ -151,7 +151,10 @@ type column struct {
 // scope names the column's fences among those of the table's routes: what flushes cacheproxy.entries says nothing of a column.
 func (c *column) scope() string { return columnScope(c.Route) }
 
-func columnScope(route string) string { return "column " + route }
+func columnScope(route string) string { return columnFences + route }
+
+// columnFences begins the scopes of columns.
+const columnFences = "column "
 
 // relation is the table's name in SQL.
 func (c *column) relation() string { return pgx.Identifier{c.schema, c.table}.Sanitize() }
@@ -480,16 +483,27 @@ ORDER BY {order}
 LIMIT {after2}::bigint`
 	// What is known of a key is not needed any more if it is as old as tombstones get and says nothing that the row does not say by
 	// itself: there is no row; or it is empty, and was not dropped; or the value stays for ever, and no fence has ever been raised.
+	//
+	// What somebody else has locked is passed over. The triggers lock these rows in the order of the keys, for the rest of the application's transaction:
+	//
+	//	1 a statement of the application's changes row 2: its trigger locks what is known of it    2 we lock what is known of row 1, and wait for that of row 2
+	//	3 its next statement changes row 1: a deadlock, and it may be theirs that is ended
 	columnForgetSQL = `
-DELETE FROM cacheproxy.meta m
-USING (SELECT u.key, r.{first} IS NULL AS none, r.{value} IS NULL AS empty
-       FROM unnest($1::text[], {arrays}) AS u(key, {names})
-       LEFT JOIN {table} r ON {match}) k
-WHERE m.route = {$1}::text AND m.key = k.key AND m.change IS NULL
-  AND m.updated_at < statement_timestamp() - {$2}::bigint * interval '1 millisecond'
-  AND (k.none OR k.empty AND NOT m.dropped
-       OR NOT k.empty AND m.expires_at IS NULL
-          AND NOT EXISTS (SELECT FROM cacheproxy.generations g WHERE g.scope = {$3}::text))`
+WITH over AS MATERIALIZED (
+    SELECT m.key
+    FROM cacheproxy.meta m
+    JOIN (SELECT u.key, r.{first} IS NULL AS none, r.{value} IS NULL AS empty
+          FROM unnest($1::text[], {arrays}) AS u(key, {names})
+          LEFT JOIN {table} r ON {match}) k ON m.key = k.key
+    WHERE m.route = {$1}::text AND m.change IS NULL
+      AND m.updated_at < statement_timestamp() - {$2}::bigint * interval '1 millisecond'
+      AND (k.none OR k.empty AND NOT m.dropped
+           OR NOT k.empty AND m.expires_at IS NULL
+              AND NOT EXISTS (SELECT FROM cacheproxy.generations g WHERE g.scope = {$3}::text))
+    FOR UPDATE OF m SKIP LOCKED
+)
+DELETE FROM cacheproxy.meta
+WHERE route = {$1}::text AND key = ANY (ARRAY(SELECT o.key FROM over o))`
 	columnRecentSQL = `
 SELECT m.key FROM cacheproxy.meta m WHERE m.route = $1::text AND m.updated_at >= $2::timestamptz AND m.key > $3::text
 {updated}

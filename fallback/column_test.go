@@ -722,6 +722,36 @@ func TestColumnSweep(t *testing.T) {
 	expectStands(t, s, "LA", "report:1", "report:9")
 }
 
+// The triggers lock what is known of keys in an order, and for as long as the application's transaction lasts: the sweep waits for none of it.
+func TestColumnSweepPassesOverWhatIsLocked(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) SELECT i, '0' FROM generate_series(1, 3) i`, reports(t))
+	write(t, s, put(one("report:1"), "1"), put(one("report:2"), "2"), put(one("report:3"), "3"))
+	sql(t, s, `DELETE FROM reports; UPDATE cacheproxy.meta SET updated_at = now() - interval '1 day'`)
+	tx, err := s.pool.Begin(testContext(t))
+	must(t, err)
+	defer tx.Rollback(t.Context()) //nolint:errcheck // it has only locked
+	_, err = tx.Exec(testContext(t), `SELECT FROM cacheproxy.meta WHERE key = 'report:2' FOR UPDATE`)
+	must(t, err)
+	var at metaPlace
+	must(t, s.sweepMeta(testContext(t), &at))
+	if got := ask[string](t, s, `SELECT string_agg(key, ' ' ORDER BY key) FROM cacheproxy.meta`); got != "report:2" {
+		t.Errorf("left are %s", got)
+	}
+}
+
+// Whoever looks at the phases keeps no poll waiting.
+func TestStandingLeavesThePollsAlone(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	for range housekeepers {
+		must(t, s.house.acquire(testContext(t)))
+		defer s.house.release()
+	}
+	_, err := s.Standing(testContext(t), "legacy", 10)
+	must(t, err)
+}
+
 // What speaks against a step is looked for in the column too.
 func TestColumnStanding(t *testing.T) {
 	t.Parallel()

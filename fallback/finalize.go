@@ -109,6 +109,10 @@ FROM cacheproxy.phases
 WHERE route = $1::text AND last_seen > clock_timestamp() - $2::bigint * interval '1 millisecond'
 ORDER BY phase`
 
+// backForStrikes is the remedy where the journal names keys of a route that nobody repairs any more: on the way back to a phase that reads the store the rows
+// are fenced, and what names dead rows is struck.
+var backForStrikes = fmt.Sprintf("then move all sidecars back to %s and one to %s, which makes the rows dead and strikes the entries, and forward again", policy.Drain, policy.Phase2)
+
 // stillUsed says who still reads a route's store, or may.
 func stillUsed(ctx context.Context, q querier, r Removal) (against []string, err error) {
 	rows, err := q.Query(ctx, finalPhasesSQL, r.Route, finalQuiet.Milliseconds())
@@ -133,7 +137,7 @@ func stillUsed(ctx context.Context, q querier, r Removal) (against []string, err
 		return nil, err
 	}
 	if n > 0 {
-		against = append(against, fmt.Sprintf("the journal has %d entries of the route: Redis may be stale for their keys; go back to %s with one sidecar until they are repaired", n, policy.Drain))
+		against = append(against, fmt.Sprintf("the journal has %d entries of the route: Redis may be stale for their keys, and keeps what it has; %s", n, backForStrikes))
 	}
 	if r.Column == nil {
 		return against, nil
@@ -302,7 +306,7 @@ func (p *RemovalPlan) column(ctx context.Context, q querier, r Removal) error {
 			return err
 		}
 		if changes > 0 {
-			p.Against = append(p.Against, fmt.Sprintf("%d values of the column were changed by others since a sidecar last looked, and Redis lacks them: stop what writes the column, and go back to %s with one sidecar until they are repaired", changes, policy.Drain))
+			p.Against = append(p.Against, fmt.Sprintf("%d values of the column were changed by others since a sidecar last looked, and Redis lacks them: stop what writes the column, and SET what is still wanted; %s", changes, backForStrikes))
 		}
 		if err := q.QueryRow(ctx, `SELECT EXISTS (SELECT FROM cacheproxy.meta WHERE route = $1::text)`, r.Route).Scan(&meta); err != nil {
 			return err

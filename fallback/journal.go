@@ -55,15 +55,20 @@ noted AS (
     ON CONFLICT (route, key) DO UPDATE SET updated_at = excluded.updated_at
 )
 SELECT id, keys, routes FROM struck ORDER BY id`
-	// What triggers have recorded is struck like an entry: the keys of one number are one.
+	// What triggers have recorded is struck like an entry: the keys of one number are one. What was recorded below a fence of the column says nothing of its keys any
+	// more, also where there is no row that could be dead:
+	//
+	//	1 K's row is deleted in SQL    2 K is written through phase3    3 the way back fences the route; because of the record K would go in Redis
 	toldSQL = `
 WITH told AS (
     UPDATE cacheproxy.meta m SET change = NULL, updated_at = clock_timestamp()
     FROM (SELECT DISTINCT unnest($1::bigint[]) AS id) i
     WHERE m.change = i.id
-    RETURNING i.id, m.key, m.route
+    RETURNING i.id, m.key, m.route,
+              m.generation >= (SELECT coalesce(max(g.generation), 0) FROM cacheproxy.generations g WHERE g.scope = '` + columnFences + `' || m.route) AS counts
 )
-SELECT t.id, array_agg(t.key), array_agg(t.route) FROM told t GROUP BY t.id ORDER BY t.id`
+SELECT t.id, coalesce(array_agg(t.key) FILTER (WHERE t.counts), '{}'), coalesce(array_agg(t.route) FILTER (WHERE t.counts), '{}')
+FROM told t GROUP BY t.id ORDER BY t.id`
 	namedSQL = `
 SELECT DISTINCT u.key
 FROM cacheproxy.journal j CROSS JOIN unnest(j.keys) AS u(key)

@@ -74,7 +74,7 @@ type PhaseSeen struct {
 
 // Standing reads what speaks for or against a change of a route's phase, with the keys of at most rows rows, or with less than 0
 // without a look at the rows. It reads a bounded number of
-// rows however large the table is.
+// rows however large the table is, in the place of a Load: polls must not wait for it.
 func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing, error) {
 	cs, err := s.known(ctx)
 	if err != nil {
@@ -82,7 +82,7 @@ func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing,
 	}
 	column := cs.byRoute[route]
 	var out Standing
-	err = s.do(ctx, s.house, "look at phases", func(ctx context.Context, c *pgx.Conn) error {
+	err = s.do(ctx, s.reads, "look at phases", func(ctx context.Context, c *pgx.Conn) error {
 		out = Standing{}
 		var b pgx.Batch
 		b.Queue(sightingsSQL, route).Query(func(r pgx.Rows) error {

@@ -195,7 +195,7 @@ func (j *judge) journal() {
 	switch {
 	case !j.to.Rules().UsesStore && e.Phase.Rules().UsesStore && e.Journal > 0:
 		j.add(DoubtJournal, fmt.Sprintf("%d keys wait for a repair, and in %s nobody repairs them", e.Journal, j.to),
-			"wait until CACHEPROXY JOURNAL is empty")
+			"wait until CACHEPROXY JOURNAL is empty; what an entry says of a row is only repaired by sidecars in "+Phase2.String())
 	case e.Journal > maxJournal:
 		j.add(DoubtJournal, fmt.Sprintf("%d keys wait for a repair", e.Journal), "wait until CACHEPROXY JOURNAL is short; while it grows, a store is in trouble")
 	case e.Journal > 0 && e.JournalOldest > settled:

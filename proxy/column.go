@@ -483,7 +483,7 @@ func (j *journal) dropRowless(ctx context.Context, tx Tx, refs []policy.Ref, ent
 	e := j.e
 	rowless := map[string]bool{}
 	for i, row := range tx.Rows() {
-		rowless[refs[i].Key] = row.State == policy.NoRow
+		rowless[refs[i].Key] = row.State == policy.NoRow && e.readsStore(refs[i])
 	}
 	gone := map[string]bool{}
 	for _, in := range entries {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -78,7 +79,14 @@ type engine struct {
 	telling sync.Mutex                  // held while phases change, and while Postgres is told those in use
 	deny    atomic.Pointer[policy.Deny] // nil denies nothing
 	learned learned
+	inPart  atomic.Pointer[partial] // nil: the data set that was verified last was so in whole
 	wg      sync.WaitGroup
+}
+
+// partial is a data set that has been verified as far as it concerns sidecars with these routes (see repairWindow).
+type partial struct {
+	set    string
+	router *policy.Router
 }
 
 var errOvertaken error = said.Sentence("overtaken by another writer")
@@ -154,6 +162,17 @@ func (e *engine) keepsRows(ref policy.Ref) bool {
 		return false
 	}
 	return r.Phase.Rules().Write.KeepsRow()
+}
+
+// readsStore: the key's phase, if it has one, answers from the store. Where it does not, nothing in Redis changes because of a row.
+func (e *engine) readsStore(ref policy.Ref) bool {
+	r := e.router.Load().Match([]byte(ref.Key))
+	return r == nil || r.Phase.Rules().ReadsStore
+}
+
+// readsStores: some route's phase answers from the store.
+func (e *engine) readsStores() bool {
+	return slices.ContainsFunc(e.router.Load().Routes(), func(r policy.Route) bool { return r.Phase.Rules().ReadsStore })
 }
 
 // mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, so a
@@ -235,13 +254,24 @@ func (e *engine) verify(ctx context.Context, l *link) error {
 	if err != nil {
 		return err
 	}
-	if set != dataSet(l) {
+	here := dataSet(l)
+	part := e.inPart.Load()
+	same := set == here || part != nil && part.set == here // as at the last connection
+	switch {
+	case set == here:
+	case part != nil && *part == partial{here, e.router.Load()}, set == here+inPart && !e.readsStores():
+		e.inPart.Store(&partial{here, e.router.Load()})
+	default:
 		if pgErr != nil {
 			if empty, err := e.emptyRedis(ctx); err != nil || !empty {
 				return &outageError{why: outOther, reply: "UNVERIFIED redis was restarted or replaced, and postgres cannot tell what its data lacks"}
 			}
-		} else if err := e.repairWindow(ctx, clock); err != nil {
+		} else if left, err := e.repairWindow(ctx, clock); err != nil {
 			return err
+		} else if left {
+			e.inPart.Store(&partial{here, e.router.Load()})
+		} else {
+			e.inPart.Store(nil)
 		}
 	}
 	// The journals: what they name is known before Redis is trusted, and its keys are kept from the side that is stale until they are
@@ -256,7 +286,7 @@ func (e *engine) verify(ctx context.Context, l *link) error {
 	e.up.runID, e.up.replID = l.runID, l.replID
 	e.up.mu.Unlock()
 	// Its data is verified by now, so the clock may name it: an attempt that fails from here on need not begin with the window again.
-	return e.journal.pollRedis(ctx, stamp, dataSet(l), set != dataSet(l))
+	return e.journal.pollRedis(ctx, stamp, here, !same)
 }
 
 // readClock returns Postgres's time as a sidecar last wrote it into Redis, and the data set it wrote it into.
@@ -283,9 +313,17 @@ func (e *engine) emptyRedis(ctx context.Context) (bool, error) {
 // repairWindow deletes in Redis every key that the store has changed since the clock: Redis may have lost
 // those writes. Without a clock, or with one older than the window for which deletes are remembered, every key
 // that has a row goes.
-func (e *engine) repairWindow(ctx context.Context, clock time.Time) error {
+//
+// Where the store is not read its rows are no reason to delete anything: what phase3 has written, the store was not told. left: there are such keys, and sidecars
+// in phase2 may read their rows. They must do this again, so the clock keeps its time:
+//
+//	1 phase2 deletes K in Redis because of an entry, and strikes it    2 Redis fails over to a replica that still has K
+//	3 drain is the first to come, leaves K alone, and sets the clock    4 phase2 finds the clock set, and serves K, for ever
+//
+// Once phase3 was there, whoever reads rows again fences them first, and there is nothing left.
+func (e *engine) repairWindow(ctx context.Context, clock time.Time) (left bool, err error) {
 	if empty, err := e.emptyRedis(ctx); err != nil || empty {
-		return err
+		return false, err
 	}
 	var since time.Time
 	e.journal.mu.Lock()
@@ -298,53 +336,59 @@ func (e *engine) repairWindow(ctx context.Context, clock time.Time) error {
 	for after := ""; ; {
 		refs, err := e.store.ChangedSince(ctx, since, after, maxRepair)
 		if e.store.note("window", err) != nil {
-			return err
+			return false, err
 		}
 		if len(refs) == 0 {
 			break
 		}
 		after = refs[len(refs)-1].Key
-		done, err := e.repairPage(ctx, refs)
+		done, others, err := e.repairPage(ctx, refs)
 		if err != nil {
-			return err
+			return false, err
 		}
+		left = left || others
 		e.stats.repairs[restarted].Add(done)
 		n += done
 	}
 	e.log.Info("redis was restarted or replaced; its copies of changed keys were dropped", zap.Int64("keys", n), zap.Bool("clock", !since.IsZero()))
-	return nil
+	return left, nil
 }
 
-// repairPage tells how many keys it has dropped: those that have a row and no mark.
-func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int64, err error) {
+// repairPage tells how many keys it has dropped: those that have a row and no mark. left: it has left some to others.
+func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int64, left bool, err error) {
 	tx, err := e.store.lock(ctx, refs)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	defer tx.Rollback()
 	var keys []string
 	for i, row := range tx.Rows() {
-		if speaks(row) { // an expired row is a tombstone: the value it replaced is gone too
+		switch {
+		case !speaks(row): // an expired row is a tombstone: the value it replaced is gone too
+		case e.readsStore(refs[i]):
 			keys = append(keys, refs[i].Key)
+		default:
+			r := e.router.Load().Match([]byte(refs[i].Key))
+			left = left || r != nil && r.Phase.Rules().UsesStore && !e.servedWithout(r)
 		}
 	}
 	if len(keys) == 0 {
-		return 0, nil
+		return 0, left, nil
 	}
 	rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "0", "1")
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	for _, r := range rs {
 		switch r.code {
 		case keyRefused:
 			e.lift(ctx, tx, rs)
-			return 0, errOvertaken // the next attempt does this page again
+			return 0, false, errOvertaken // the next attempt does this page again
 		case keyDone:
 			dropped++
 		}
 	}
-	return dropped, nil
+	return dropped, left, nil
 }
 
 // noStore stands where no store is configured: every route is in phase3, or there are none.

@@ -32,6 +32,8 @@ type journal struct {
 	inRedis map[string]inEntries // guarded by mu: the keys of intents
 	intents map[int64]entry      // guarded by mu: entries known
 	young   map[int64]bool       // guarded by mu: entries of others that they may be repairing now
+	left    map[int64]time.Time  // guarded by mu: entries that are for others to repair (see repairBatch), and when to look at them again
+	leftBy  *policy.Router       // guarded by mu: the routes under which they are
 	own     map[int64]uint64     // guarded by mu: entries that this process wrote to, and the poll before which it last did
 	marks   map[string]string    // guarded by mu: key -> version, own and polled twice
 	mine    map[string]mark      // guarded by mu: marks of this process, until struck
@@ -77,11 +79,14 @@ type mark struct {
 }
 
 const (
-	// maxJournal bounds what is remembered of a journal: 100,000 keys are some 20 MB. Beyond it every copy on that side may be stale, so
-	// none is served without a look at the other until the journal is shorter.
+	// maxJournal keys are remembered of a journal: 100,000 are some 20 MB, and all of it is read again at every poll. Beyond it every copy on that side may be
+	// stale, so none is served without a look at the other until the journal is shorter. Keys are counted, and not entries: triggers name a hundred in one.
 	maxJournal = 100_000
 	// maxRepair keys share a transaction when they are repaired.
 	maxRepair = 128
+	// leftAgain is how soon an entry that is for others to repair is looked at again: a write may have taken its row away. Sooner would lock the rows
+	// of the application's for nothing; later would leave the journal longer than it is.
+	leftAgain = 10 * time.Second
 	// markPage entries are read from Redis's journal at once.
 	markPage = 1000
 )
@@ -280,7 +285,9 @@ func (j *journal) run(ctx context.Context) {
 			}
 			continue
 		}
-		j.poll(ctx)
+		if more := j.poll(ctx); more && j.e.store.up.Load() {
+			wait.Reset(0)
+		}
 		if !j.e.store.up.Load() { // the probe of the open breaker: 100 ms, doubling to a second
 			wait.Reset(probe)
 			probe = min(2*probe, j.e.cfg.ProbeMax)
@@ -304,28 +311,30 @@ func (j *journal) known() []int64 {
 	return slices.Collect(maps.Keys(j.intents))
 }
 
-// poll reads both journals and repairs what it can.
-func (j *journal) poll(ctx context.Context) {
+// poll reads both journals and repairs what it can in the time until the next poll. more: something is left to repair.
+func (j *journal) poll(ctx context.Context) (more bool) {
 	trusted := j.e.up.trusted()
 	if j.pollStore(ctx, trusted) != nil {
-		return // without Postgres nothing can be repaired, and reads of Redis look at the marks there
+		return false // without Postgres nothing can be repaired, and reads of Redis look at the marks there
 	}
 	if !trusted {
-		return
+		return false
 	}
 	j.mu.Lock()
 	now := j.clock
 	j.mu.Unlock()
 	_, _, data := j.e.up.present()
 	if err := j.pollRedis(ctx, now, data, false); err != nil {
-		return
+		return false
 	}
-	if err := j.repair(ctx); err != nil {
+	more, err := j.repair(ctx)
+	if err != nil {
 		j.e.log.Debug("repair goes on later", zap.Error(err))
 	}
+	return more
 }
 
-// readIntents reads the journal in Postgres: all of it up to maxJournal entries, or a page.
+// readIntents reads the journal in Postgres: all of it up to maxJournal keys, or a page.
 func (j *journal) readIntents(ctx context.Context, whole bool) (StorePoll, error) {
 	page := func(after int64) (StorePoll, error) {
 		ctx, cancel := context.WithTimeout(ctx, j.e.cfg.StoreTimeout)
@@ -338,12 +347,22 @@ func (j *journal) readIntents(ctx context.Context, whole bool) (StorePoll, error
 	for i := 0; i < askAgain && err == nil && j.e.clocks.store.doubtful(); i++ {
 		p, err = page(0)
 	}
-	for err == nil && whole && p.More && len(p.Intents) < maxJournal {
+	keys := countKeys(p.Intents)
+	for err == nil && whole && p.More && keys < maxJournal {
 		var next StorePoll
 		next, err = page(p.Intents[len(p.Intents)-1].ID)
 		p.Intents, p.More = append(p.Intents, next.Intents...), next.More
+		keys += countKeys(next.Intents)
 	}
 	return p, err
+}
+
+// countKeys is how many keys the entries name.
+func countKeys(entries []Intent) (n int) {
+	for _, in := range entries {
+		n += len(in.Refs)
+	}
+	return n
 }
 
 // pollStore reads the journal in Postgres, the whole of it if Redis is trusted or about to be: what it calls stale there must be known.
@@ -383,9 +402,11 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 		j.overflow.Store(p.More)
 	}
 	if p.More { // what lies behind is still known from before
+		keys := countKeys(p.Intents)
 		for id, in := range j.intents {
-			if _, ok := fresh[id]; !ok && len(fresh) < maxJournal {
+			if _, ok := fresh[id]; !ok && keys < maxJournal {
 				fresh[id] = in
+				keys += len(in.refs)
 			}
 		}
 	}
@@ -399,6 +420,7 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 			delete(j.own, id)
 		}
 	}
+	maps.DeleteFunc(j.left, func(id int64, _ time.Time) bool { _, ok := fresh[id]; return !ok })
 	j.intents, j.inRedis = map[int64]entry{}, map[string]inEntries{}
 	for id, in := range fresh {
 		j.learn(id, in)
@@ -409,7 +431,7 @@ func (j *journal) pollStore(ctx context.Context, whole bool) error {
 }
 
 // pollRedis reads the journal in Redis, writes Postgres's time beside it, and puts back what Redis lost. data names the data set
-// that has been verified; "" for none writes no time.
+// that has been verified; "" for none writes no time. One that was verified in part is named as such.
 // A mark seen at two polls is no writer at work.
 func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, restarted bool) error {
 	e := j.e
@@ -420,6 +442,9 @@ func (j *journal) pollRedis(ctx context.Context, now time.Time, data string, res
 	stamp := ""
 	if !now.IsZero() {
 		stamp = strconv.FormatInt(now.UnixMilli(), 10)
+	}
+	if part := e.inPart.Load(); part != nil && part.set == data {
+		data += inPart
 	}
 	frame, err := e.up.eval(ctx, scriptPoll, func(dst []string) []string {
 		return append(dst, "2", journalName, clockName, stamp, j.version(), anchorField, data)
@@ -528,12 +553,14 @@ func (j *journal) putBack(ctx context.Context, keys, versions []string) error {
 	return nil
 }
 
-// repair makes the copies of journaled keys equal again (docs/consistency.md, "Journals and repair").
-func (j *journal) repair(ctx context.Context) error {
+// repair makes the copies of journaled keys equal again (docs/consistency.md, "Journals and repair"). It ends when the next poll is due, and tells whether there is
+// more to do: what is written while a long journal is worked off must be known as soon as anything else. Each of the two journals has half of the time.
+func (j *journal) repair(ctx context.Context) (more bool, _ error) {
 	j.mu.Lock()
 	marks := maps.Clone(j.marks)
 	j.mu.Unlock()
-	failed := j.repairIntents(ctx)
+	more, failed := j.repairIntents(ctx)
+	end := time.Now().Add(j.e.cfg.Poll / 4)
 	var refs []policy.Ref
 	for _, key := range slices.Sorted(maps.Keys(marks)) {
 		refs = append(refs, j.e.ref(key))
@@ -541,40 +568,45 @@ func (j *journal) repair(ctx context.Context) error {
 	// Every sidecar does so, see repairIntents.
 	parts := slices.Collect(slices.Chunk(refs, maxRepair))
 	rand.Shuffle(len(parts), func(a, b int) { parts[a], parts[b] = parts[b], parts[a] })
-	for _, part := range parts {
+	for i, part := range parts {
 		n, err := j.repairMarks(ctx, part)
 		switch {
 		case err != nil:
-			return err
+			return more, err
 		case n == 0 && len(parts) > 1:
 			j.kick()
-			return failed
+			return more, failed
+		case i < len(parts)-1 && time.Now().After(end):
+			return true, failed
 		}
 	}
-	return failed
+	return more, failed
 }
 
 // repairIntents repairs what the journal in Postgres names: entries that share keys, or are small, go together. Every sidecar does so,
 // and after an outage at the same moment, therefore in an order of its own; one that finds that others were faster reads the
 // journal again instead of following them through all of it.
-func (j *journal) repairIntents(ctx context.Context) error {
+func (j *journal) repairIntents(ctx context.Context) (more bool, failed error) {
+	end := time.Now().Add(j.e.cfg.Poll / 4)
 	batches := j.batches()
 	rand.Shuffle(len(batches), func(a, b int) { batches[a], batches[b] = batches[b], batches[a] })
-	var failed error
-	for _, b := range batches {
-		struck, err := j.repairBatch(ctx, b)
+	for i, b := range batches {
+		struck, left, err := j.repairBatch(ctx, b)
 		switch {
 		case err != nil:
 			failed = err // a lock that somebody keeps holds up these keys and no others
 			if !j.e.up.trusted() || !j.e.store.up.Load() {
-				return failed
+				return false, failed
 			}
-		case struck == 0:
+		case struck+left == 0:
 			j.kick()
-			return failed
+			return false, failed
+		}
+		if i < len(batches)-1 && time.Now().After(end) {
+			return true, failed
 		}
 	}
-	return failed
+	return false, failed
 }
 
 // batch is what one repair takes on: whole entries, and all their keys.
@@ -587,10 +619,14 @@ type batch struct {
 func (j *journal) batches() (out []batch) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if router := j.e.router.Load(); j.leftBy != router {
+		j.left, j.leftBy = map[int64]time.Time{}, router
+	}
+	now := time.Now()
 	var b batch
 	seen := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(j.intents)) {
-		if j.young[id] {
+		if j.young[id] || now.Before(j.left[id]) {
 			continue
 		}
 		n := 0
@@ -638,30 +674,50 @@ var errOtherKeys = errors.New("an entry names keys that are not locked")
 //	1 R locks K, deletes it in Redis, strikes E    2 W locks K, finds E gone and commits with an entry of its own
 //
 // Without the lock R might delete K before W's commit, a reader promote the row that W replaces, and E go: nobody would know.
-func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err error) {
+//
+// Where the store is not read, its row is no reason to touch Redis, and the entry is left to those who read it:
+//
+//	1 K's row is changed, with an entry    2 K is written through phase3, which tells the store nothing    3 drain deletes K: nobody has it any more
+//
+//	1 K's row is changed, with an entry    2 drain strikes it and leaves K alone    3 phase2, which has not polled yet, serves what Redis has, for ever
+//
+// It tells how many entries were struck, and how many are left.
+func (j *journal) repairBatch(ctx context.Context, b batch) (struck, left int, err error) {
 	e := j.e
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
 	defer cancel()
 	epoch := e.up.epoch.Load()
 	tx, err := e.store.lock(ctx, b.refs)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer tx.Rollback()
-	there, err := tx.Strike(ctx, b.ids)
-	if e.store.note("strike", err) != nil {
-		return 0, err
-	}
 	rows := map[string]policy.Row{}
 	for i, row := range tx.Rows() {
 		rows[b.refs[i].Key] = row
 	}
+	others := func(ref policy.Ref) bool { return rows[ref.Key].State != policy.Absent && !e.readsStore(ref) }
+	ids := j.leave(b.ids, others)
+	if left = len(b.ids) - len(ids); len(ids) == 0 {
+		return 0, left, nil
+	}
+	there, err := tx.Strike(ctx, ids)
+	if e.store.note("strike", err) != nil {
+		return 0, 0, err
+	}
 	todo := map[string]bool{}
+	var remain []policy.Ref // of entries that also name keys that are ours to repair
 	for _, in := range there {
 		for _, ref := range in.Refs {
 			row, locked := rows[ref.Key]
 			if !locked {
-				return 0, errOtherKeys
+				return 0, 0, errOtherKeys
+			}
+			if others(ref) {
+				if !slices.Contains(remain, ref) {
+					remain = append(remain, ref)
+				}
+				continue
 			}
 			todo[ref.Key] = speaks(row)
 		}
@@ -669,7 +725,7 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 	named := len(todo)
 	maps.DeleteFunc(todo, func(_ string, has bool) bool { return !has })
 	if err := j.dropRowless(ctx, tx, b.refs, there); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	marked := 0
 	for keys := range slices.Chunk(slices.Sorted(maps.Keys(todo)), maxRepair) {
@@ -677,22 +733,22 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 		rs, err := e.up.script(ctx, scriptRepair, keys, strconv.FormatInt(tx.Number(), 10), "1", "0")
 		if err != nil {
 			e.redisFailed(err)
-			return 0, err
+			return 0, 0, err
 		}
 		for _, r := range rs {
 			if r.code != keyDone {
 				e.lift(ctx, tx, rs)
-				return 0, errOvertaken
+				return 0, 0, errOvertaken
 			}
 			marked += int(r.at)
 		}
 	}
 	if e.up.epoch.Load() != epoch {
-		return 0, errLost
+		return 0, 0, errLost
 	}
 	if len(there) > 0 {
-		if _, err := tx.Commit(ctx, nil, nil, nil, false); e.store.note("strike", err) != nil {
-			return 0, err // the entries are there, or their keys are repaired
+		if _, err := tx.Commit(ctx, nil, remain, nil, false); e.store.note("strike", err) != nil {
+			return 0, 0, err // the entries are there, or their keys are repaired
 		}
 	}
 	tx.Rollback()
@@ -706,12 +762,26 @@ func (j *journal) repairBatch(ctx context.Context, b batch) (struck int, err err
 			j.longest.entry = max(j.longest.entry, stood(known.since))
 		}
 	}
-	for _, id := range b.ids {
+	for _, id := range ids {
 		j.unlearn(id)
 		delete(j.own, id)
 	}
 	j.publish()
-	return len(there), nil
+	return len(there), left, nil
+}
+
+// leave takes out of ids the entries all of whose keys are for others to repair, and remembers them.
+func (j *journal) leave(ids []int64, others func(policy.Ref) bool) (mine []int64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, id := range ids {
+		if in := j.intents[id]; len(in.refs) > 0 && !slices.ContainsFunc(in.refs, func(ref policy.Ref) bool { return !others(ref) }) {
+			j.left[id] = time.Now().Add(leftAgain)
+			continue
+		}
+		mine = append(mine, id)
+	}
+	return mine
 }
 
 // repairBytes of values go through one repair at once; a larger one goes alone.

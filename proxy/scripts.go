@@ -13,6 +13,7 @@ const (
 	reserved    = "cacheproxy:"
 	journalName = "cacheproxy:journal" // hash: key -> version of the write that the store lacks
 	clockName   = "cacheproxy:clock"   // Postgres's time, in Unix ms, when a sidecar last polled
+	inPart      = " in part"           // behind the data set in the clock: it was verified by sidecars that do not read all rows
 	closedName  = "cacheproxy:closed"  // set while Redis is empty and the rows are not dead yet: nothing is promoted
 	anchorField = "\x00anchor"         // in the journal; no routed key contains NUL. No anchor: Redis lost the journal
 	lease       = "cacheproxy:lease:"
@@ -360,14 +361,18 @@ for i = 2, #KEYS, 2 do
 end
 return r`)
 	// scriptPoll: the journal's state, and Postgres's time beside it. The clock names the data set it was written into
-	// ("<ms> <run id> <replication id>"): whoever finds another one there knows that Redis has been restarted or replaced since.
+	// ("<ms> <run id> <replication id>"): whoever finds another one there knows that Redis has been restarted or replaced since. A data set
+	// that was verified in part (inPart) keeps the time that was there, for those who have their part to do, until one of them has.
 	// ARGV: Postgres's time in ms or "", a new anchor, the anchor's field, data set. Answers [anchor, marks, clock before].
 	scriptPoll = newScript("poll", redisPoll, `
 local c = redis.call('GET', KEYS[2]) or ''
 redis.call('HSETNX', J, ARGV[3], ARGV[2])
 if ARGV[1] ~= '' and ARGV[4] ~= '' then
-  local old = string.match(c, '^(%d+) ' .. string.gsub(ARGV[4], '%W', '%%%0') .. '$')
-  if not old or tonumber(old) < tonumber(ARGV[1]) then redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[4]) end
+  local at, set = string.match(c, '^(%d+) (.*)$')
+  local whole, parts = string.gsub(ARGV[4], '`+inPart+`$', '')
+  if set ~= whole and parts == 1 then
+    if set ~= ARGV[4] then redis.call('SET', KEYS[2], (at or '0') .. ' ' .. ARGV[4]) end
+  elseif set ~= whole or tonumber(at) < tonumber(ARGV[1]) then redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. whole) end
 end
 return {redis.call('HGET', J, ARGV[3]), redis.call('HLEN', J) - 1, c}`)
 	// scriptMark puts marks back that Redis lost. ARGV: version per key. A mark of somebody else stays. A key that is absent gets none: somebody may have repaired it

@@ -33,6 +33,9 @@ const (
 	// store, and in an hour finds what one key in a hundred thousand has.
 	shadowBatch = 10
 	shadowEvery = 100 * time.Millisecond
+	// shadowBytes of values are compared at once, or one value. They come over the connection by whose answers Redis is judged: ten megabytes on a slow link would
+	// pass for an outage. A value that has grown to twice as much since it was drawn (see largeReply) is not compared.
+	shadowBytes = 1 << 20
 	// shadowLooks at a difference must be the same, shadowPause or half a poll apart, so that they span more than a poll and more than clockSlack.
 	shadowLooks = 4
 	shadowPause = 500 * time.Millisecond
@@ -187,16 +190,40 @@ func (sh *shadow) compare(ctx context.Context, batch []suspect) (again []suspect
 	}
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.StoreTimeout)
 	defer cancel()
-	reds, err := e.up.script(ctx, scriptRead, keys, "0")
+	weights, err := e.up.script(ctx, scriptWeigh, keys)
 	if err != nil {
 		e.redisFailed(err)
 		drop()
 		return nil
 	}
+	all, were := asked, routes
+	keys, refs, routes, asked = nil, nil, nil, nil
+	size := int64(0)
+	for i, s := range all {
+		switch weight := weights[i].at; {
+		case weight > 2*shadowBytes:
+			e.stats.route(s.ref.Route).unverified.Add(1)
+		case size > 0 && size+weight > shadowBytes:
+			s.next = time.Now().Add(sh.pause())
+			again = append(again, s)
+		default:
+			size += weight
+			keys, refs, routes, asked = append(keys, s.ref.Key), append(refs, s.ref), append(routes, were[i]), append(asked, s)
+		}
+	}
+	if len(asked) == 0 {
+		return again
+	}
+	reds, err := e.up.script(ctx, scriptRead, keys, "0")
+	if err != nil {
+		e.redisFailed(err)
+		drop()
+		return again
+	}
 	rows, err := e.store.load(ctx, refs)
 	if err != nil {
 		drop()
-		return nil
+		return again
 	}
 	for i, s := range asked {
 		stat := e.stats.route(s.ref.Route)
@@ -222,12 +249,15 @@ func (sh *shadow) compare(ctx context.Context, batch []suspect) (again []suspect
 		case s.tries >= shadowTries:
 			stat.unverified.Add(1)
 		default:
-			s.next = time.Now().Add(max(e.cfg.Poll/2, shadowPause))
+			s.next = time.Now().Add(sh.pause())
 			again = append(again, s)
 		}
 	}
 	return again
 }
+
+// pause is the time between two looks at a key.
+func (sh *shadow) pause() time.Duration { return max(sh.e.cfg.Poll/2, shadowPause) }
 
 var printSeed = maphash.MakeSeed()
 

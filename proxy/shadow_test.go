@@ -1,13 +1,16 @@
 package proxy_test
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"cacheproxy/internal/testenv"
 	"cacheproxy/policy"
 	"cacheproxy/proxy"
 )
@@ -213,4 +216,51 @@ func countsWhatIsNotCompared(t *testing.T) {
 		return s.metric(t, `verify_dropped_total{route="plain"}`)+s.metric(t, `verify_checked_total{route="plain"}`) == 4*n
 	})
 	s.counts(t, `verify_mismatches_total{kind="value",route="plain"}`, 0)
+}
+
+// heldLoad is a store whose first Load waits.
+type heldLoad struct {
+	proxy.Store
+	loads   atomic.Int64
+	release chan struct{}
+}
+
+func (h *heldLoad) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if h.loads.Add(1) == 1 {
+		<-h.release
+	}
+	return h.Store.Load(ctx, refs)
+}
+
+// Values come to the comparison over the connection by which Redis is judged: few at a time if they are large.
+func TestShadowTakesLargeValuesOneByOne(t *testing.T) {
+	w := newWorld(t)
+	h := &heldLoad{release: make(chan struct{})}
+	s, steps := w.stepped(policy.Phase1, func(o *sidecarOptions) {
+		o.change = func(c *proxy.ServerConfig) { c.Sample = 1 }
+		o.store = func(s proxy.Store) proxy.Store { h.Store = s; return h }
+		o.storeTimeout = 30 * time.Second
+	})
+	c := s.dial(t)
+	large := strings.Repeat("x", 600<<10)
+	for i := range 5 {
+		c.want("+OK", "SET", fmt.Sprint("k", i), large)
+	}
+	var reads atomic.Int64
+	steps.At(func(s testenv.Step) bool {
+		if s.Name == "read" && !s.Done {
+			reads.Add(1)
+		}
+		return true
+	})
+	c.do("MGET", "k0") // the reply to GET is passed on as it comes
+	until(t, "the first is compared", func() bool { return h.loads.Load() == 1 })
+	for i := 1; i < 5; i++ {
+		c.do("MGET", fmt.Sprint("k", i))
+	}
+	close(h.release)
+	until(t, "all are compared", func() bool { return s.metric(t, `verify_checked_total{route="all"}`) == 5 })
+	if n := reads.Load(); n != 5 {
+		t.Errorf("they were read in %d steps", n)
+	}
 }

@@ -32,6 +32,7 @@ var families = []worlds{
 	{name: "a restart where Redis is the truth", phases: []string{"12", "22"}, letters: "SD", total: 2, faults: Faults{Restart: 1}, change: []func(*Config){letter}},
 	{name: "a failover where Redis is the truth", phases: []string{"12", "22"}, letters: "SD", total: 1, faults: Faults{Failover: 1}, change: []func(*Config){letter}},
 	{name: "a mark that a failover has brought back", phases: []string{"12"}, letters: "DGXT", total: 2, change: []func(*Config){struck, letter}},
+	{name: "a failover where the store is not read", phases: []string{"23", "33", "34"}, letters: "SD", total: 1, faults: Faults{Failover: 1}, change: []func(*Config){letter}},
 	{name: "a restart", phases: []string{"01", "11"}, letters: "SDG", total: 2, faults: Faults{Restart: 1}, change: []func(*Config){letter}},
 	{name: "a failover", phases: []string{"01", "11"}, letters: "SDG", total: 2, faults: Faults{Failover: 1}, change: []func(*Config){letter}},
 	{name: "the clock", phases: []string{"11"}, letters: "SD", total: 1, faults: Faults{Failover: 1, Hours: 1, RedisLink: 1}, change: []func(*Config){letter}},

@@ -37,6 +37,9 @@ func (m *model) recovers(st *state, s int) {
 					b.keys &^= bit(k)
 				}
 			}
+			if !serves(n.sc[s].phase) && b.keys != 0 { // for those to delete who read the store
+				b.keys, n.sc[s].part = 0, n.run
+			}
 			b.num, b.at = num, recoverDelete
 			if b.keys == 0 {
 				n.unlock(me)
@@ -110,7 +113,7 @@ func (m *model) connects(st *state, s int) {
 		sc.b.ids = 1
 	}
 	sc.b.at = recoverPoll
-	if n.r.dataSet != n.run {
+	if n.r.dataSet != n.run && sc.part != n.run {
 		sc.b.val[0] = 1
 		empty := n.r == redis{}
 		switch {

@@ -103,8 +103,11 @@ func (m *model) due(st *state, s int) bool {
 	return sc.trusted && (sc.known != 0 || sc.marks != [maxKeys]int8{})
 }
 
-func (m *model) pollScript(st *state, _ int, stamp bool) script {
+func (m *model) pollScript(st *state, s int, stamp bool) script {
 	c := script{kind: scriptPoll, ver: st.anchor + 1, op: st.run}
+	if st.sc[s].part == st.run && st.r.dataSet != st.run {
+		c.op = 0 // verified in part: the clock stays as it is
+	}
 	if stamp {
 		c.arg[0] = st.time
 	}
@@ -208,6 +211,10 @@ func (m *model) repairEntries(st *state, s int) {
 				return
 			}
 			todo := n.named(there)
+			if !serves(n.sc[s].phase) && m.anyRow(n, todo) { // for those to repair who read the store
+				m.rest(n, s)
+				return
+			}
 			if m.rules.StrikeBlind {
 				todo = n.named(b.ids)
 			}
@@ -345,6 +352,16 @@ func (m *model) markChange(st *state, s int) (c change) {
 		}
 	}
 	return c
+}
+
+// anyRow: Postgres has a row, or a tombstone, of one of keys.
+func (m *model) anyRow(st *state, keys uint8) bool {
+	for k := range maxKeys {
+		if keys&bit(k) != 0 && m.row(st, k) != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // serves: the sidecar reads the store for what Redis lacks.

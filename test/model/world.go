@@ -73,6 +73,7 @@ type sidecar struct {
 	marks    [maxKeys]int8 // seen at two polls
 	mine     [maxKeys]mark
 	anchor   int8
+	part     int8 // the run of Redis that it has verified in part
 	c        client
 	b        worker
 }
