@@ -393,8 +393,13 @@ func literalSQL(text string) string {
 }
 
 // columnStateSQL is the policy.State of a row. It is dead below the fence of its route, by the generation that cacheproxy.meta has
-// of it; one that nobody has changed through the proxy is as old as the first. An empty column is a tombstone, unless the proxy has
-// emptied it because Redis holds the value from then on.
+// of it; one that nobody has changed through the proxy is as old as the first.
+//
+// An empty column is a tombstone if cacheproxy.meta knows of the key, and does not say that the proxy has emptied the column because Redis holds the value from
+// then on: there has been a value, or a delete. Where it knows nothing, NULL is what the row was inserted with, and says nothing of the key:
+//
+//	1 the application inserts the row, in a transaction    2 SET k: there is no row, and Redis alone gets the value
+//	3 the transaction is committed; was k deleted?
 const columnStateSQL = `CASE WHEN e.generation < e.floor OR e.empty AND e.dropped THEN 0
                   WHEN e.empty OR e.ends <= e.now THEN 1
                   ELSE 2 END`
@@ -407,11 +412,12 @@ SELECT k.key, k.state,
        CASE WHEN k.state = 2 AND {$3}::bool THEN convert_to(k.value::text, 'UTF8') ELSE '' END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint, -1) ELSE -1 END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint
-                                           - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END
+                                           - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END,
+       k.empty AND k.unknown
 FROM (SELECT e.*,
              {state} AS state
       FROM (SELECT u.key, r.{value} AS value, r.{value} IS NULL AS empty, {life} AS ends,
-                   coalesce(m.generation, 0) AS generation, coalesce(m.dropped, false) AS dropped, fence.floor, clock.now
+                   coalesce(m.generation, 0) AS generation, coalesce(m.dropped, true) AS dropped, m.key IS NULL AS unknown, fence.floor, clock.now
             FROM clock, fence, unnest($1::text[], {arrays}) AS u(key, {names})
             JOIN {table} r ON {match}
             LEFT JOIN cacheproxy.meta m ON m.route = {$1}::text AND m.key = u.key

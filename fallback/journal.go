@@ -39,6 +39,8 @@ RETURNING id`
 	//
 	//	1 K's row changes while Redis cannot be reached: entry E    2 an hour later Redis is back, and a sidecar sets the clock there
 	//	3 K is deleted in Redis, and E struck    4 Redis fails over to a replica that has the clock, and K
+	//
+	// A row of meta that is made for that says of an empty column what none says: nothing.
 	takeSQL = `
 WITH struck AS (` + strikeSQL + ` RETURNING id, keys, routes),
 touched AS (
@@ -46,8 +48,8 @@ touched AS (
     WHERE key = ANY (ARRAY(SELECT unnest(s.keys) FROM struck s))
 ),
 noted AS (
-    INSERT INTO cacheproxy.meta (route, key, generation, updated_at)
-    SELECT d.route, d.key, 0, clock_timestamp()
+    INSERT INTO cacheproxy.meta (route, key, dropped, generation, updated_at)
+    SELECT d.route, d.key, true, 0, clock_timestamp()
     FROM (SELECT DISTINCT u.route, u.key
           FROM struck s CROSS JOIN LATERAL unnest(s.keys, s.routes) AS u(key, route)
           WHERE u.route = ANY ($2::text[])) d

@@ -18,6 +18,14 @@ import (
 // speaks: the store knows what the key holds, or that it holds nothing. Else Redis may be its only holder.
 func speaks(row policy.Row) bool { return row.State == policy.Live || row.State == policy.Tombstone }
 
+// dropped: a write whose truth is Redis has to take the row away, or to note that it has, for whoever deletes the row in SQL.
+func dropped(row policy.Row) bool { return speaks(row) || row.Bare }
+
+// onlyRedis: Redis may be the only holder of the key in a phase that does not read it there: an adopted column has no row for it, or nothing in the row.
+func onlyRedis(r *policy.Route, row policy.Row) bool {
+	return row.State == policy.NoRow || row.State == policy.Absent && r.Column()
+}
+
 // notJSON refuses a value that a column cannot hold. Nothing has been written.
 func notJSON(r *policy.Route) *refusal { return notJSONBut(r, "nothing was written") }
 

@@ -543,7 +543,10 @@ func TestColumnExplained(t *testing.T) {
 		}
 	}
 	says(c.do("CACHEPROXY", "EXPLAIN", "report:1"), "route: legacy", "store: column analytics_cache of table public.reports: 8 bytes as Postgres prints the JSON", "redis: 7 bytes")
-	says(c.do("CACHEPROXY", "EXPLAIN", "report:2"), "the row is there, and its column is NULL or has expired")
+	says(c.do("CACHEPROXY", "EXPLAIN", "report:2"), "the row is there, and nothing has been written to its column")
+	c.want("+OK", "SET", "report:3", "1")
+	c.want(":1", "DEL", "report:3")
+	says(c.do("CACHEPROXY", "EXPLAIN", "report:3"), "the row is there, and its value was deleted or has expired")
 	says(c.do("CACHEPROXY", "EXPLAIN", "report:99"), "the table has no row for this key", "Redis alone", "writes go to: Redis only", "answered by redis")
 	says(c.do("CACHEPROXY", "DIFF", "report:1"), "same as JSON")
 	says(c.do("CACHEPROXY", "DIFF", "report:99"), "only in redis, and nowhere else to be")

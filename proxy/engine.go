@@ -156,9 +156,12 @@ func (e *engine) keepsRows(ref policy.Ref) bool {
 	return r.Phase.Rules().Write.KeepsRow()
 }
 
-// mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, so a
+// mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, or the key may have been written before it had a row, so a
 // missing row says nothing. A phase that does not read Redis was not entered before the store had everything.
 func (e *engine) mayBeInRedis(r *policy.Route) bool {
+	if r.Column() {
+		return true
+	}
 	if !r.Phase.Rules().ReadsRedis {
 		return false
 	}

@@ -997,7 +997,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		if st.rows[i].State == policy.NoRow {
 			e.stats.route(st.routes[i].Name).noRow.Add(1)
 		}
-		if speaks(st.rows[i]) {
+		if dropped(st.rows[i]) {
 			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
 		}
 	}

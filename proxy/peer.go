@@ -688,7 +688,7 @@ func (c *PeerLink) PreferStore(ctx context.Context, refs []policy.Ref) ([]Done, 
 	var keys []string
 	var idx []int
 	for i, row := range tx.Rows() {
-		if row.State == policy.Absent {
+		if !speaks(row) {
 			out[i].Fate = Gone
 			continue
 		}

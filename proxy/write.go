@@ -1168,7 +1168,7 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		keys = append(keys, s.ref.Key)
 		dirty = append(dirty, s.ref)
 		argv = append(argv, op, string(s.now.Data), ms, abs, want, s.redis.mark, strconv.FormatInt(s.redis.num, 10))
-		if speaks(s.row) {
+		if dropped(s.row) {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
 	}
