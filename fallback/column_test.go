@@ -350,7 +350,7 @@ func TestColumnRefuses(t *testing.T) {
 		for _, raw := range []bool{false, true} {
 			tx := begin(t, s, legacy("report:1"))
 			_, err := tx.Commit(testContext(t), []policy.Change{put(one("report:1"), value)}, CommitOptions{RawOnly: raw})
-			if !BadData(err) || Unavailable(err) || Uncertain(err) || strings.Contains(err.Error(), "13") && value == "13" {
+			if BadData(err) != (value != "13") || Rejected(err) != (value == "13") || Unavailable(err) || Uncertain(err) || strings.Contains(err.Error(), "13") && value == "13" {
 				t.Errorf("%.20q: %v", value, err)
 			}
 			if want := value == "13"; JSON([]byte(value)) != want {

@@ -33,6 +33,22 @@ func notJSONBut(r *policy.Route, done string) *refusal {
 	return &refusal{"NOTJSON", fmt.Sprintf("the value is not JSON that a jsonb column can hold, and keys of route %s (%s) live in one; %s", r.Name, r.Phase, done)}
 }
 
+// denied refuses a change that the application's table does not take. Nothing has been written, and what the constraint or the trigger says may quote a value.
+func denied(r *policy.Route) *refusal {
+	return &refusal{"DENIED", fmt.Sprintf("a constraint or trigger of the application's table refuses the change, and keys of route %s (%s) live in one of its columns; nothing was written", r.Name, r.Phase)}
+}
+
+// notTaken is what to say of err, if the store has refused what it was told to store; nil if it is something else.
+func (e *engine) notTaken(r *policy.Route, err error) *refusal {
+	switch {
+	case e.store.Rejected(err):
+		return denied(r)
+	case e.store.BadData(err):
+		return notJSON(r)
+	}
+	return nil
+}
+
 // noRow refuses a change of a key that has no row while Redis, its only holder, cannot be reached.
 func noRow(r *policy.Route) *refusal {
 	return unavailable(r, "the column has no row for the key, so only redis could keep it, and redis cannot be reached")

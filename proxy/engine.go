@@ -374,6 +374,7 @@ func (noStore) JSON([]byte) bool                          { return true }
 func (noStore) Unavailable(err error) bool                { return errors.Is(err, errStoreDown) }
 func (noStore) Uncertain(error) bool                      { return false }
 func (noStore) BadData(error) bool                        { return false }
+func (noStore) Rejected(error) bool                       { return false }
 func (noStore) Overloaded(error) bool                     { return false }
 
 // storeInUse: some route's phase has a store.

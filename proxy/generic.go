@@ -375,6 +375,9 @@ func (r *runner) again(ctx context.Context, st *running, adopt []policy.Change, 
 	case len(adopt) > 0:
 		if _, err := st.tx.Commit(ctx, adopt, nil, nil, false); err != nil {
 			e.store.note("commit", err) //nolint:errcheck // answered here
+			if no := e.notTaken(columnOf(st.routes), err); no != nil && st.judged() {
+				return st.refuse(no), nil
+			}
 			return st.refuse(unavailable(st.route(), "postgres refused the transaction")), nil
 		}
 	}
@@ -1057,8 +1060,8 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 		return e.stats.unsure(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
 	case errors.Is(err, errTooLarge):
 		return (&refusal{"DENIED", fmt.Sprintf("the value would be larger than postgres.max_value allows for keys of route %s", st.route().Name)}).reply(nil)
-	case e.store.BadData(err) && st.judged():
-		return notJSON(columnOf(st.routes)).reply(nil)
+	case st.judged() && e.notTaken(columnOf(st.routes), err) != nil:
+		return e.notTaken(columnOf(st.routes), err).reply(nil)
 	case e.store.BadData(err):
 		return unavailable(st.route(), "postgres refused the value").reply(nil)
 	}

@@ -50,6 +50,7 @@ type Store interface {
 	Unavailable(err error) bool // the store cannot be reached or cannot work
 	Uncertain(err error) bool   // a Commit may or may not have happened
 	BadData(err error) bool     // the store refused a value as JSON
+	Rejected(err error) bool    // a constraint or a trigger of the application's table refused a change
 	Overloaded(err error) bool  // shed: too much is waiting
 }
 

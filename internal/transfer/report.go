@@ -69,6 +69,8 @@ func (r *Report) note(key string, d proxy.Done) {
 	case proxy.NoPlace:
 		r.NoRow++
 		r.example("no row", key, "the table has none that could hold it")
+	case proxy.Refused:
+		r.fail(key, "a constraint or a trigger of the table refuses the value")
 	case proxy.Remembered:
 		r.Negative++
 	default:
