@@ -31,7 +31,8 @@ type Column struct {
 	Updated string
 	// Template is the pattern of the route's keys.
 	Template *policy.Template
-	// Unused: the route is in a phase that has no store. The column may be gone, and is looked up when a key is asked for, if ever.
+	// Unused: the route is in a phase that has no store. The column may be gone, and is looked up when a key is asked for, if ever, or
+	// when Register tells of another phase.
 	Unused bool
 }
 
@@ -70,6 +71,7 @@ func newColumns(list []Column) (*columns, error) {
 			return nil, fmt.Errorf("fallback: route %s has two columns", c.Route)
 		}
 		one := &column{Column: c, schema: schema, table: table}
+		one.unused.Store(c.Unused)
 		cs.list, cs.byRoute[c.Route] = append(cs.list, one), one
 	}
 	return cs, nil
@@ -107,10 +109,43 @@ func (s *Store) known(ctx context.Context, refs ...policy.Ref) (*columns, error)
 	return cs, nil
 }
 
+// enter prepares for a phase of a route: its column comes into use, or goes out of it, and is looked up anew whenever it is used again, since it may have become
+// another one. One that cannot be used stays out of it: it is no outage of the others.
+func (s *Store) enter(ctx context.Context, route, phase string) error {
+	cs := s.columns.Load()
+	c := cs.byRoute[route]
+	if c == nil {
+		return nil
+	}
+	p, err := policy.ParsePhase(phase)
+	if err != nil {
+		return err
+	}
+	unused := !p.Rules().UsesStore
+	if c.unused.Load() == unused {
+		return nil
+	}
+	fresh, err := newColumns(cs.configured())
+	if err != nil {
+		return err
+	}
+	fresh.byRoute[route].unused.Store(true)
+	if s.columns.CompareAndSwap(cs, fresh); unused {
+		return nil
+	}
+	if cs, err = s.known(ctx, policy.Ref{Route: route}); err != nil {
+		return err
+	}
+	if c := cs.byRoute[route]; c != nil {
+		c.unused.Store(false)
+	}
+	return nil
+}
+
 // unknown are the columns that have to be looked up before refs can be served.
 func (cs *columns) unknown(refs []policy.Ref) (list []*column) {
 	for _, c := range cs.list {
-		if !c.checked.Load() && (!c.Unused || slices.ContainsFunc(refs, func(ref policy.Ref) bool { return ref.Route == c.Route })) {
+		if !c.checked.Load() && (!c.unused.Load() || slices.ContainsFunc(refs, func(ref policy.Ref) bool { return ref.Route == c.Route })) {
 			list = append(list, c)
 		}
 	}
@@ -134,6 +169,7 @@ type column struct {
 	Column
 	schema, table string
 
+	unused  atomic.Bool // as Column says, until Register says otherwise
 	checked atomic.Bool // the catalogue has confirmed it; what follows is static from then on
 
 	types  []keyType

@@ -74,6 +74,7 @@ func (cs *columns) configured() []Column {
 	out := make([]Column, len(cs.list))
 	for i, c := range cs.list {
 		out[i] = c.Column
+		out[i].Unused = c.unused.Load()
 	}
 	return out
 }

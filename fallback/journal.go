@@ -219,8 +219,12 @@ func (p *Poll) read(br pgx.BatchResults) error {
 	return err
 }
 
-// Register records that route is served in phase; the first time stays, the last time is now.
+// Register records that route is served in phase; the first time stays, the last time is now. A column is looked up for a phase that uses it, and what others
+// change there is polled from then on.
 func (s *Store) Register(ctx context.Context, route, phase string) error {
+	if err := s.enter(ctx, route, phase); err != nil {
+		return wrap("register a phase", err)
+	}
 	return s.do(ctx, s.house, "register a phase", func(ctx context.Context, c *pgx.Conn) error {
 		_, err := c.Exec(ctx, registerSQL, route, phase)
 		return err
