@@ -508,6 +508,11 @@ ON CONFLICT (route, key) DO UPDATE
 SET expires_at = excluded.expires_at, digest = excluded.digest, dropped = excluded.dropped,
     generation = excluded.generation, updated_at = excluded.updated_at`
 
+// letGoSQL has it forgotten that keys without a row were deleted: Redis has them now.
+const letGoSQL = `
+UPDATE cacheproxy.meta SET dropped = true, expires_at = NULL, digest = NULL, updated_at = clock_timestamp()
+WHERE route = $1::text AND key = ANY ($2::text[]) AND NOT dropped`
+
 const (
 	columnFirstSQL = `
 SELECT {texts} FROM {table} r

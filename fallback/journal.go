@@ -73,6 +73,11 @@ WHERE j.keys && $1::text[] AND u.key = ANY ($1::text[])
 UNION
 SELECT m.key FROM cacheproxy.meta m
 WHERE m.route = ANY ($2::text[]) AND m.key = ANY ($1::text[]) AND m.change IS NOT NULL`
+	// recallsSQL: a row that is inserted now, with nothing in its column, would read as a tombstone, or an entry names the key.
+	recallsSQL = `
+SELECT EXISTS (SELECT FROM cacheproxy.meta m
+               WHERE m.route = ANY ($2::text[]) AND m.key = ANY ($1::text[]) AND (m.change IS NOT NULL OR NOT m.dropped))
+    OR EXISTS (SELECT FROM cacheproxy.journal j WHERE j.keys && $1::text[])`
 	clockSQL = `SELECT clock_timestamp()`
 	pollSQL  = `
 SELECT id, keys, routes, greatest((extract(epoch FROM clock_timestamp() - created_at) * 1000000)::bigint, 0)

@@ -170,3 +170,51 @@ func (w *world) columnPeer() *proxy.PeerLink {
 	store.PeerStore = bridge.Peer(fs)
 	return link
 }
+
+// What was known of a row goes with it: a row that is made anew does not say that the key was deleted, which was written in between.
+func TestColumnRowThatIsMadeAnew(t *testing.T) {
+	for _, phase := range columnPhases {
+		t.Run(phase.String(), func(t *testing.T) {
+			w := columnWorld(t)
+			s := w.column(phase, nil)
+			w.record()
+			c := s.dial(t)
+			again := func(id int, want, write string) {
+				t.Helper()
+				key := fmt.Sprintf("report:%d", id)
+				c.want(want, strings.Fields(strings.ReplaceAll(write, "@", key))...)
+				c.want("5", "GET", key)
+				w.exec(fmt.Sprintf("INSERT INTO public.reports (id) VALUES (%d)", id))
+				c.want("5", "GET", key)
+				c.want(":6", "INCR", key)
+				w.journalEmpty()
+				w.holds(phase, id, "6")
+				c.want("6", "GET", key)
+				c.want(":7", "INCR", key)
+			}
+			// The key was deleted through the proxy, and then its row.
+			first := w.column(policy.Phase1, nil)
+			for id := 1; id < 5; id++ {
+				first.dial(t).want("+OK", "SET", fmt.Sprintf("report:%d", id), "1")
+				first.dial(t).want(":1", "DEL", fmt.Sprintf("report:%d", id))
+			}
+			first.stop()
+			w.exec("DELETE FROM public.reports WHERE id < 5")
+			again(1, "+OK", "SET @ 5")
+			again(2, ":5", "EVAL return(redis.call('INCRBY',KEYS[1],5)) 1 @")
+			// The row was deleted with its value, and the record of it is repaired.
+			c.want("+OK", "SET", "report:5", "1")
+			w.exec("DELETE FROM public.reports WHERE id = 5")
+			w.until("the record is struck", func() bool { return w.sql("SELECT count(*) FROM cacheproxy.meta WHERE change IS NOT NULL") == "0" })
+			c.want("(nil)", "GET", "report:5")
+			again(5, "+OK", "SET @ 5")
+			// It is not yet.
+			c.want("+OK", "SET", "report:6", "1")
+			w.exec("DELETE FROM public.reports WHERE id = 6")
+			again(6, "+OK", "SET @ 5")
+			c.want("+OK", "SET", "report:7", "1")
+			w.exec("DELETE FROM public.reports WHERE id = 7")
+			again(7, ":5", "EVAL redis.call('SET',KEYS[1],4);return(redis.call('INCR',KEYS[1])) 1 @")
+		})
+	}
+}

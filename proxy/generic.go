@@ -238,7 +238,7 @@ func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
 			st.first[i] = route.Phase.Rules().Write.KeepsRow() && st.rows[i].State != policy.NoRow
 		}
 		st.truth = st.rowsRead()
-		st.named = e.entryNames(ctx, tx, op.keys)
+		st.named = e.recalls(ctx, tx, op.keys)
 	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
 		return op.refuse(staleAndAlone(op.route())), nil
 	case e.store.gone(err) && op.withoutStore():
@@ -275,7 +275,7 @@ type running struct {
 	after   []keyReply // what the command left of the keys of captured()
 
 	// Of a command that may write a key of a column (column.go).
-	named  bool       // an entry names a key that has no row
+	named  bool       // the store knows something of a key that has no row
 	odd    []bool     // keys whose value in Redis no row can hold; nil: none
 	before []before   // what the keys held when it ran
 	left   []keyReply // what it left of the keys of overtaken()
@@ -1000,7 +1000,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		if st.rows[i].State == policy.NoRow {
 			e.stats.route(st.routes[i].Name).noRow.Add(1)
 		}
-		if dropped(st.rows[i]) {
+		if dropped(st.rows[i]) || st.named && st.rows[i].State == policy.NoRow {
 			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
 		}
 	}

@@ -826,7 +826,7 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 		if c.Op != policy.Drop {
 			copied++
 		}
-		if c.Op != policy.Drop || dropped(row) {
+		if c.Op != policy.Drop || dropped(row) || row.State == policy.NoRow {
 			changes = append(changes, c)
 		}
 		strike = append(strike, keys[i])

@@ -605,7 +605,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		return
 	}
 	if alone := g.alone(); len(alone) > 0 {
-		done, err := w.writeAlone(ctx, tx, g, alone, h)
+		done, forget, err := w.writeAlone(ctx, tx, g, alone, h)
 		switch {
 		case err != nil:
 			e.redisFailed(err)
@@ -620,6 +620,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		}
 		e.countNoRow(g, outcomes)
 		outcomes = g.finishAlone(outcomes)
+		changes = append(changes, forget...)
 	}
 	var intent int64
 	var known []int64
@@ -1177,7 +1178,12 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
 	}
-	named := locked && len(keys) > 0 && e.entryNames(ctx, tx, g.refs())
+	named := locked && len(keys) > 0 && e.recalls(ctx, tx, g.refs())
+	for _, s := range g.states {
+		if named && s.dirty && !s.wait && s.row.State == policy.NoRow {
+			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
+		}
+	}
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
 		written, err := e.up.script(ctx, scriptWrite, keys, argv...)
