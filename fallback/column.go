@@ -31,7 +31,8 @@ type Column struct {
 	Updated string
 	// Template is the pattern of the route's keys.
 	Template *policy.Template
-	// Unused: the route is in a phase that has no store. The column may be gone, and is looked up when a key is asked for, if ever.
+	// Unused: the route is in a phase that has no store. The column may be gone, and is looked up when a key is asked for, if ever, or
+	// when Register tells of another phase.
 	Unused bool
 }
 
@@ -70,6 +71,7 @@ func newColumns(list []Column) (*columns, error) {
 			return nil, fmt.Errorf("fallback: route %s has two columns", c.Route)
 		}
 		one := &column{Column: c, schema: schema, table: table}
+		one.unused.Store(c.Unused)
 		cs.list, cs.byRoute[c.Route] = append(cs.list, one), one
 	}
 	return cs, nil
@@ -107,10 +109,43 @@ func (s *Store) known(ctx context.Context, refs ...policy.Ref) (*columns, error)
 	return cs, nil
 }
 
+// enter prepares for a phase of a route: its column comes into use, or goes out of it, and is looked up anew whenever it is used again, since it may have become
+// another one. One that cannot be used stays out of it: it is no outage of the others.
+func (s *Store) enter(ctx context.Context, route, phase string) error {
+	cs := s.columns.Load()
+	c := cs.byRoute[route]
+	if c == nil {
+		return nil
+	}
+	p, err := policy.ParsePhase(phase)
+	if err != nil {
+		return err
+	}
+	unused := !p.Rules().UsesStore
+	if c.unused.Load() == unused {
+		return nil
+	}
+	fresh, err := newColumns(cs.configured())
+	if err != nil {
+		return err
+	}
+	fresh.byRoute[route].unused.Store(true)
+	if s.columns.CompareAndSwap(cs, fresh); unused {
+		return nil
+	}
+	if cs, err = s.known(ctx, policy.Ref{Route: route}); err != nil {
+		return err
+	}
+	if c := cs.byRoute[route]; c != nil {
+		c.unused.Store(false)
+	}
+	return nil
+}
+
 // unknown are the columns that have to be looked up before refs can be served.
 func (cs *columns) unknown(refs []policy.Ref) (list []*column) {
 	for _, c := range cs.list {
-		if !c.checked.Load() && (!c.Unused || slices.ContainsFunc(refs, func(ref policy.Ref) bool { return ref.Route == c.Route })) {
+		if !c.checked.Load() && (!c.unused.Load() || slices.ContainsFunc(refs, func(ref policy.Ref) bool { return ref.Route == c.Route })) {
 			list = append(list, c)
 		}
 	}
@@ -134,6 +169,7 @@ type column struct {
 	Column
 	schema, table string
 
+	unused  atomic.Bool // as Column says, until Register says otherwise
 	checked atomic.Bool // the catalogue has confirmed it; what follows is static from then on
 
 	types  []keyType
@@ -396,8 +432,13 @@ func literalSQL(text string) string {
 }
 
 // columnStateSQL is the policy.State of a row. It is dead below the fence of its route, by the generation that cacheproxy.meta has
-// of it; one that nobody has changed through the proxy is as old as the first. An empty column is a tombstone, unless the proxy has
-// emptied it because Redis holds the value from then on.
+// of it; one that nobody has changed through the proxy is as old as the first.
+//
+// An empty column is a tombstone if cacheproxy.meta knows of the key, and does not say that the proxy has emptied the column because Redis holds the value from
+// then on: there has been a value, or a delete. Where it knows nothing, NULL is what the row was inserted with, and says nothing of the key:
+//
+//	1 the application inserts the row, in a transaction    2 SET k: there is no row, and Redis alone gets the value
+//	3 the transaction is committed; was k deleted?
 const columnStateSQL = `CASE WHEN e.generation < e.floor OR e.empty AND e.dropped THEN 0
                   WHEN e.empty OR e.ends <= e.now THEN 1
                   ELSE 2 END`
@@ -410,11 +451,12 @@ SELECT k.key, k.state,
        CASE WHEN k.state = 2 AND {$3}::bool THEN convert_to(k.value::text, 'UTF8') ELSE '' END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint, -1) ELSE -1 END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint
-                                           - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END
+                                           - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END,
+       k.empty AND k.unknown
 FROM (SELECT e.*,
              {state} AS state
       FROM (SELECT u.key, r.{value} AS value, r.{value} IS NULL AS empty, {life} AS ends,
-                   coalesce(m.generation, 0) AS generation, coalesce(m.dropped, false) AS dropped, fence.floor, clock.now
+                   coalesce(m.generation, 0) AS generation, coalesce(m.dropped, true) AS dropped, m.key IS NULL AS unknown, fence.floor, clock.now
             FROM clock, fence, unnest($1::text[], {arrays}) AS u(key, {names})
             JOIN {table} r ON {match}
             LEFT JOIN cacheproxy.meta m ON m.route = {$1}::text AND m.key = u.key
@@ -468,6 +510,11 @@ ORDER BY l.key
 ON CONFLICT (route, key) DO UPDATE
 SET expires_at = excluded.expires_at, digest = excluded.digest, dropped = excluded.dropped,
     generation = excluded.generation, updated_at = excluded.updated_at`
+
+// letGoSQL has it forgotten that keys without a row were deleted: Redis has them now.
+const letGoSQL = `
+UPDATE cacheproxy.meta SET dropped = true, expires_at = NULL, digest = NULL, updated_at = clock_timestamp()
+WHERE route = $1::text AND key = ANY ($2::text[]) AND NOT dropped`
 
 const (
 	columnFirstSQL = `

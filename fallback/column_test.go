@@ -72,7 +72,7 @@ func TestColumn(t *testing.T) {
 	s := openColumns(t, reportsDDL+`;
 		INSERT INTO reports (id, analytics_cache) VALUES (1, '{"b": 1, "a": [1.50, null]}'), (2, NULL), (3, 'null'), (-4, '"x"')`, reports(t))
 	rows := read(t, s, legacy("report:1", "report:2", "report:3", "report:-4", "report:5", "report:1")...)
-	if got := stands(rows); got != "LTLLNL" {
+	if got := stands(rows); got != "LALLNL" {
 		t.Fatalf("got %s", got)
 	}
 	for i, want := range map[int]string{0: `{"a": [1.50, null], "b": 1}`, 2: "null", 3: `"x"`, 5: `{"a": [1.50, null], "b": 1}`} {
@@ -137,6 +137,67 @@ func TestColumnDropped(t *testing.T) {
 	expectStands(t, s, "L", "report:1")
 	write(t, s, del("report:1"))
 	expectStands(t, s, "T", "report:1")
+}
+
+// TestColumnEmpty: NULL is a tombstone where something is known of the key; else it says nothing.
+func TestColumnEmpty(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) VALUES (1, NULL), (2, NULL), (3, NULL), (4, '4'), (5, '5'), (6, '6'), (7, NULL), (8, '8')`, reports(t))
+	record(t, s, reports(t))
+	bare := func(want string, keys ...string) {
+		t.Helper()
+		got := ""
+		for _, row := range read(t, s, legacy(keys...)...) {
+			mark := ""
+			if row.Bare {
+				mark = "b"
+			}
+			got += stands([]policy.Row{row}) + mark
+		}
+		if got != want {
+			t.Errorf("%q stand as %s, want %s", keys, got, want)
+		}
+	}
+	bare("AbAbLN", "report:1", "report:2", "report:4", "report:9")
+	// The proxy deletes one, also where there was nothing, and drops another.
+	write(t, s, del("report:1"), drop("report:2"))
+	bare("TA", "report:1", "report:2")
+	// What others empty is deleted, if a trigger tells of it, or if the proxy has written the value.
+	sql(t, s, `UPDATE reports SET analytics_cache = NULL WHERE id = 4`)
+	write(t, s, put(one("report:5"), "55"))
+	sql(t, s, `SET cacheproxy.own = 'on'; UPDATE reports SET analytics_cache = NULL WHERE id IN (5, 8); RESET cacheproxy.own`)
+	bare("TTAb", "report:4", "report:5", "report:8")
+	expectRecorded(t, s, "an UPDATE", "report:4")
+	bare("T", "report:4") // struck, and still a tombstone
+	// An entry of the journal names keys that nothing is known of; it is struck, which notes the time.
+	keys := legacy("report:3", "report:6", "report:9")
+	tx := begin(t, s, keys)
+	id, err := tx.Commit(testContext(t), nil, CommitOptions{Journal: keys})
+	must(t, err)
+	tx = begin(t, s, keys)
+	struck, err := tx.Strike(testContext(t), []int64{id})
+	must(t, err)
+	if len(struck) != 1 {
+		t.Errorf("struck %v", struck)
+	}
+	_, err = tx.Commit(testContext(t), nil, CommitOptions{})
+	must(t, err)
+	bare("ALN", "report:3", "report:6", "report:9")
+	sql(t, s, `INSERT INTO reports (id) VALUES (9)`)
+	bare("A", "report:9")
+	// Pages say the same.
+	page, err := s.columnPage(testContext(t), s.columns.Load().list[0], policy.PageRequest{Route: "legacy"})
+	must(t, err)
+	got := ""
+	for _, row := range page.Rows {
+		got += stands([]policy.Row{{State: row.State}})
+	}
+	if got != "TAATTLAAA" {
+		t.Errorf("the page says %s", got)
+	}
+	// Below a fence nothing is said either.
+	must(t, s.Fence(testContext(t), "legacy", nothing))
+	expectStands(t, s, "AAAAAA", "report:1", "report:2", "report:4", "report:6", "report:7", "report:9")
 }
 
 // TestColumnKeyIsOneRow: no two keys name one row.
@@ -289,7 +350,7 @@ func TestColumnRefuses(t *testing.T) {
 		for _, raw := range []bool{false, true} {
 			tx := begin(t, s, legacy("report:1"))
 			_, err := tx.Commit(testContext(t), []policy.Change{put(one("report:1"), value)}, CommitOptions{RawOnly: raw})
-			if !BadData(err) || Unavailable(err) || Uncertain(err) || strings.Contains(err.Error(), "13") && value == "13" {
+			if BadData(err) != (value != "13") || Rejected(err) != (value == "13") || Unavailable(err) || Uncertain(err) || strings.Contains(err.Error(), "13") && value == "13" {
 				t.Errorf("%.20q: %v", value, err)
 			}
 			if want := value == "13"; JSON([]byte(value)) != want {
@@ -696,7 +757,7 @@ func TestSchemaOfAnEarlierVersion(t *testing.T) {
 	}
 }
 
-// TestColumnSweep: what is known of a key goes when it says nothing any more, and what keys read as stays.
+// TestColumnSweep: what is known of a key goes when it says nothing any more, and what keys read as stays, but for the tombstones whose time is over.
 func TestColumnSweep(t *testing.T) {
 	t.Parallel()
 	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) SELECT i, '0' FROM generate_series(1, 9) i`, reports(t))
@@ -706,11 +767,10 @@ func TestColumnSweep(t *testing.T) {
 	sql(t, s, `SET cacheproxy.own = 'on'; DELETE FROM reports WHERE id = 6; RESET cacheproxy.own; UPDATE reports SET analytics_cache = '8' WHERE id = 8`)
 	sql(t, s, `UPDATE cacheproxy.meta SET updated_at = now() - interval '1 day' WHERE key <> 'report:7'`)
 	all := []string{"report:1", "report:2", "report:3", "report:4", "report:5", "report:6", "report:7", "report:8"}
-	const stand = "LLTTANLL"
-	expectStands(t, s, stand, all...)
+	expectStands(t, s, "LLTTANLL", all...)
 	var at metaPlace
 	must(t, s.sweepMeta(testContext(t), &at))
-	expectStands(t, s, stand, all...)
+	expectStands(t, s, "LLTAANLL", all...)
 	if got := ask[string](t, s, `SELECT string_agg(key, ' ' ORDER BY key) FROM cacheproxy.meta`); got != "report:2 report:3 report:5 report:7 report:8" {
 		t.Errorf("left are %s", got)
 	}

@@ -74,6 +74,7 @@ func (cs *columns) configured() []Column {
 	out := make([]Column, len(cs.list))
 	for i, c := range cs.list {
 		out[i] = c.Column
+		out[i].Unused = c.unused.Load()
 	}
 	return out
 }
@@ -434,7 +435,7 @@ func (l *looker) empty(ctx context.Context) error {
 			c.relation(), quoted(pg.ConstraintName), quoted(c.Value)),
 			"the constraint %s refuses NULL in the value column %s, and a deleted key leaves it NULL", quoted(pg.ConstraintName), quoted(c.Value))
 		return nil
-	case pg != nil && (class(pg) == "23" || pg.Code == codeRaised):
+	case pg != nil && rejects(pg):
 		l.wrong("let the table accept it", "NULL in the value column %s is refused, and a deleted key leaves it NULL", quoted(c.Value))
 		return nil
 	}

@@ -69,8 +69,8 @@ $owner$;
 COMMIT;
 `
 
-// bodySQL is the function. An UPDATE that leaves value, key and expiry alone leaves no trace. A deleted row leaves one if it had a
-// value, or if Redis holds it alone.
+// bodySQL is the function. An UPDATE that leaves value, key and expiry alone leaves no trace, nor does the expiry of an empty column. A deleted row leaves
+// one if it had a value, or if the proxy has noted that Redis holds it alone.
 const bodySQL = `
 DECLARE
     changed text[];
@@ -160,7 +160,7 @@ func (c *column) body() string {
 	}
 	expires := ""
 	if c.Expires != "" {
-		expires = " OR n." + quoted(c.Expires) + " IS DISTINCT FROM o." + quoted(c.Expires)
+		expires = " OR n." + quoted(c.Value) + " IS NOT NULL AND n." + quoted(c.Expires) + " IS DISTINCT FROM o." + quoted(c.Expires)
 	}
 	oldKey := c.keySQL("o")
 	held := fmt.Sprintf("(o.%s IS NOT NULL OR EXISTS (SELECT FROM cacheproxy.meta m WHERE m.route = %s AND m.key = %s AND m.dropped))",

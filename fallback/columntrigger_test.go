@@ -90,6 +90,7 @@ func TestTrigger(t *testing.T) {
 		{`UPDATE reports SET analytics_cache = '11', title = 'y' WHERE id IN (1, 2)`, []string{"report:1", "report:2"}},
 		{`UPDATE reports SET analytics_cache = NULL WHERE id IN (2, 5)`, []string{"report:2"}},
 		{`UPDATE reports SET until = now() + interval '1 hour' WHERE id = 3`, []string{"report:3"}},
+		{`UPDATE reports SET until = now() + interval '1 hour' WHERE id IN (2, 5)`, nil}, // there is nothing that ends
 		{`UPDATE reports SET id = 33 WHERE id = 3`, []string{"report:3", "report:33"}},
 		{`UPDATE reports SET id = 55 WHERE id = 5`, nil},
 		{`INSERT INTO reports (id, analytics_cache) VALUES (33, '0'), (7, '7') ON CONFLICT (id) DO UPDATE SET analytics_cache = excluded.analytics_cache`, []string{"report:33", "report:7"}},

@@ -24,7 +24,6 @@ const (
 	codeDependentObjects      = "2BP01"
 	codeUndefinedTable        = "42P01"
 	codeQueryCanceled         = "57014"
-	codeRaised                = "P0001"
 )
 
 // opError names the operation that failed. Its text never carries what was stored or asked.
@@ -48,7 +47,7 @@ func (e *opError) Error() string {
 // messages of class 22 and 23, and pgx quotes the SQL when it cannot prepare a batch.
 func describe(err error) string {
 	if pg := pgError(err); pg != nil {
-		if class(pg) == "22" || class(pg) == "23" || pg.Code == codeRaised {
+		if class(pg) == "22" || rejects(pg) {
 			return "Postgres refused the data (SQLSTATE " + pg.Code + ")"
 		}
 		return pg.Error()
@@ -141,17 +140,26 @@ func lost(err error) bool {
 // errNotJSON refuses a value that a column cannot hold. BadData is true of it.
 var errNotJSON = errors.New("a value is not JSON that a column can hold")
 
-// BadData tells that Postgres refused a value (class 22), or could not hold it (class 54), or that a constraint (class 23) or a
-// trigger (P0001) of the application's table has refused it: the caller may repeat the group with CommitOptions.RawOnly, which
-// gives Postgres nothing to parse. That is no help to a column: of those that concern one it stays true, and the caller finds
-// out one by one which it is.
+// BadData tells that Postgres refused a value (class 22), or could not hold it (class 54): the caller may repeat the group with
+// CommitOptions.RawOnly, which gives Postgres nothing to parse. That is no help to a column: of those that concern one it stays
+// true, and the caller finds out one by one which it is.
 func BadData(err error) bool {
 	if errors.Is(err, errNotJSON) {
 		return true
 	}
 	pg := pgError(err)
-	return pg != nil && (class(pg) == "22" || class(pg) == "54" || class(pg) == "23" || pg.Code == codeRaised)
+	return pg != nil && (class(pg) == "22" || class(pg) == "54")
 }
+
+// Rejected tells that a constraint or a trigger of the application's table has refused a change, which may be a delete. Nothing is
+// stored, and of a group the caller finds out one by one which it is.
+func Rejected(err error) bool {
+	pg := pgError(err)
+	return pg != nil && rejects(pg)
+}
+
+// rejects: the constraints are class 23, and what functions raise is P0 unless they say otherwise.
+func rejects(pg *pgconn.PgError) bool { return class(pg) == "23" || class(pg) == "P0" }
 
 // Retryable tells that nothing was done and that the same request may succeed at once: a serialization
 // failure, a deadlock, a lock not had in time, a transaction that idled too long between Begin and Commit,

@@ -39,6 +39,8 @@ RETURNING id`
 	//
 	//	1 K's row changes while Redis cannot be reached: entry E    2 an hour later Redis is back, and a sidecar sets the clock there
 	//	3 K is deleted in Redis, and E struck    4 Redis fails over to a replica that has the clock, and K
+	//
+	// A row of meta that is made for that says of an empty column what none says: nothing.
 	takeSQL = `
 WITH struck AS (` + strikeSQL + ` RETURNING id, keys, routes),
 touched AS (
@@ -46,8 +48,8 @@ touched AS (
     WHERE key = ANY (ARRAY(SELECT unnest(s.keys) FROM struck s))
 ),
 noted AS (
-    INSERT INTO cacheproxy.meta (route, key, generation, updated_at)
-    SELECT d.route, d.key, 0, clock_timestamp()
+    INSERT INTO cacheproxy.meta (route, key, dropped, generation, updated_at)
+    SELECT d.route, d.key, true, 0, clock_timestamp()
     FROM (SELECT DISTINCT u.route, u.key
           FROM struck s CROSS JOIN LATERAL unnest(s.keys, s.routes) AS u(key, route)
           WHERE u.route = ANY ($2::text[])) d
@@ -76,6 +78,11 @@ WHERE j.keys && $1::text[] AND u.key = ANY ($1::text[])
 UNION
 SELECT m.key FROM cacheproxy.meta m
 WHERE m.route = ANY ($2::text[]) AND m.key = ANY ($1::text[]) AND m.change IS NOT NULL`
+	// recallsSQL: a row that is inserted now, with nothing in its column, would read as a tombstone, or an entry names the key.
+	recallsSQL = `
+SELECT EXISTS (SELECT FROM cacheproxy.meta m
+               WHERE m.route = ANY ($2::text[]) AND m.key = ANY ($1::text[]) AND (m.change IS NOT NULL OR NOT m.dropped))
+    OR EXISTS (SELECT FROM cacheproxy.journal j WHERE j.keys && $1::text[])`
 	clockSQL = `SELECT clock_timestamp()`
 	pollSQL  = `
 SELECT id, keys, routes, greatest((extract(epoch FROM clock_timestamp() - created_at) * 1000000)::bigint, 0)
@@ -222,8 +229,12 @@ func (p *Poll) read(br pgx.BatchResults) error {
 	return err
 }
 
-// Register records that route is served in phase; the first time stays, the last time is now.
+// Register records that route is served in phase; the first time stays, the last time is now. A column is looked up for a phase that uses it, and what others
+// change there is polled from then on.
 func (s *Store) Register(ctx context.Context, route, phase string) error {
+	if err := s.enter(ctx, route, phase); err != nil {
+		return wrap("register a phase", err)
+	}
 	return s.do(ctx, s.house, "register a phase", func(ctx context.Context, c *pgx.Conn) error {
 		_, err := c.Exec(ctx, registerSQL, route, phase)
 		return err

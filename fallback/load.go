@@ -127,7 +127,7 @@ func (l load) read(br pgx.BatchResults, cs *columns) ([]policy.Row, error) {
 		var row policy.Row
 		columns := []any{&key, &row.Value, &row.ExpiresAt, &row.TTL}
 		if part.column != nil {
-			columns = []any{&key, &state, &row.Value, &row.ExpiresAt, &row.TTL}
+			columns = []any{&key, &state, &row.Value, &row.ExpiresAt, &row.TTL, &row.Bare}
 		}
 		_, err = pgx.ForEachRow(rows, columns, func() error {
 			row.State = policy.Live
@@ -137,7 +137,7 @@ func (l load) read(br pgx.BatchResults, cs *columns) ([]policy.Row, error) {
 				row.State = policy.Tombstone
 			}
 			if row.State != policy.Live {
-				row = policy.Row{State: row.State, TTL: -1, ExpiresAt: -1}
+				row = policy.Row{State: row.State, Bare: row.Bare, TTL: -1, ExpiresAt: -1}
 			}
 			found[policy.Ref{Route: part.route, Key: key}] = row
 			row = policy.Row{} // the next row gets bytes of its own

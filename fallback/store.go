@@ -92,7 +92,7 @@ func (c Config) withDefaults() Config {
 }
 
 // Store is the store of one Postgres database: the table cacheproxy.entries, and the columns of the configuration. All methods may be called from any goroutine. Errors
-// answer to Uncertain, Overloaded, Unavailable, Retryable, BadData and ReadOnly.
+// answer to Uncertain, Overloaded, Unavailable, Retryable, BadData, Rejected and ReadOnly.
 type Store struct {
 	// Static after New.
 	cfg        Config

@@ -243,6 +243,11 @@ func (t *Tx) Commit(ctx context.Context, changes []policy.Change, opt CommitOpti
 	if err := t.cs.queueAll(&b, changes, opt.RawOnly); err != nil {
 		return 0, wrap("commit", err)
 	}
+	for _, c := range t.cs.list {
+		if keys := t.rowless(c, changes); len(keys) > 0 {
+			b.Queue(letGoSQL, c.Route, keys)
+		}
+	}
 	before := b.Len()
 	if len(opt.Journal) > 0 {
 		queueIntent(&b, opt.Journal, opt.Known)
@@ -331,6 +336,31 @@ func (t *Tx) Named(ctx context.Context, keys []string) (map[string]bool, error) 
 		return nil
 	})
 	return named, wrap("look into the journal", err)
+}
+
+// Recalls tells whether something is known of keys that have no row in their columns: a journal row names one, or it counts as deleted. A row that somebody
+// inserts would be read so; a change that drops such a key has that forgotten. After an error the Tx is to be rolled back.
+func (t *Tx) Recalls(ctx context.Context, keys []string) (recalls bool, err error) {
+	if t.ended {
+		return false, wrap("look into the journal", errEnded)
+	}
+	ctx, cancel := t.s.within(ctx)
+	defer cancel()
+	err = t.conn.QueryRow(ctx, recallsSQL, keys, t.cs.inUse()).Scan(&recalls)
+	return recalls, wrap("look into the journal", err)
+}
+
+// rowless are the keys of c among changes that were dropped and had no row when they were locked.
+func (t *Tx) rowless(c *column, changes []policy.Change) (keys []string) {
+	for _, ch := range changes {
+		if ch.Op != policy.Drop || ch.Ref.Route != c.Route {
+			continue
+		}
+		if i := slices.Index(t.refs, ch.Ref); i >= 0 && t.rows[i].State == policy.NoRow {
+			keys = append(keys, ch.Ref.Key)
+		}
+	}
+	return keys
 }
 
 // commitError decides whether COMMIT may have been executed. The whole batch ends in one Sync, so after an

@@ -25,6 +25,9 @@ const (
 // Row is what a store answers for one key. Value belongs to the caller.
 type Row struct {
 	State State
+	// Bare goes with Absent: the store has a place for the key and nothing in it, and has not noted why. An adopted column is empty
+	// there, and as far as is known nobody has ever written or deleted the key.
+	Bare  bool
 	Value []byte
 	// TTL is what remained, in milliseconds, on the store's own clock when it answered; -1 is no expiry.
 	TTL int64

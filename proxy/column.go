@@ -18,11 +18,35 @@ import (
 // speaks: the store knows what the key holds, or that it holds nothing. Else Redis may be its only holder.
 func speaks(row policy.Row) bool { return row.State == policy.Live || row.State == policy.Tombstone }
 
+// dropped: a write whose truth is Redis has to take the row away, or to note that it has, for whoever deletes the row in SQL.
+func dropped(row policy.Row) bool { return speaks(row) || row.Bare }
+
+// onlyRedis: Redis may be the only holder of the key in a phase that does not read it there: an adopted column has no row for it, or nothing in the row.
+func onlyRedis(r *policy.Route, row policy.Row) bool {
+	return row.State == policy.NoRow || row.State == policy.Absent && r.Column()
+}
+
 // notJSON refuses a value that a column cannot hold. Nothing has been written.
 func notJSON(r *policy.Route) *refusal { return notJSONBut(r, "nothing was written") }
 
 func notJSONBut(r *policy.Route, done string) *refusal {
 	return &refusal{"NOTJSON", fmt.Sprintf("the value is not JSON that a jsonb column can hold, and keys of route %s (%s) live in one; %s", r.Name, r.Phase, done)}
+}
+
+// denied refuses a change that the application's table does not take. Nothing has been written, and what the constraint or the trigger says may quote a value.
+func denied(r *policy.Route) *refusal {
+	return &refusal{"DENIED", fmt.Sprintf("a constraint or trigger of the application's table refuses the change, and keys of route %s (%s) live in one of its columns; nothing was written", r.Name, r.Phase)}
+}
+
+// notTaken is what to say of err, if the store has refused what it was told to store; nil if it is something else.
+func (e *engine) notTaken(r *policy.Route, err error) *refusal {
+	switch {
+	case e.store.Rejected(err):
+		return denied(r)
+	case e.store.BadData(err):
+		return notJSON(r)
+	}
+	return nil
 }
 
 // noRow refuses a change of a key that has no row while Redis, its only holder, cannot be reached.
@@ -335,11 +359,15 @@ func (g *group) alone() (states []*keyState) {
 	return states
 }
 
-// entryNames: an entry "Redis is stale" names one of the keys that have no row. Somebody has deleted the row behind the proxy's back, and the repair
+// recalls: the store knows something of one of the keys that have no row. If somebody has deleted the row behind the proxy's back, and an entry says so, the repair
 // will delete the key in Redis, but not what is written there from now on: it stays marked until then.
 //
 //	1 k's row is deleted in SQL, which makes an entry    2 SET k goes to Redis alone, acknowledged    3 the entry is repaired: without a mark k would go
-func (e *engine) entryNames(ctx context.Context, tx Tx, refs []policy.Ref) bool {
+//
+// If the key was deleted before its row was, that outlives the row, and has to be forgotten. Until it is, the mark says what is right:
+//
+//	1 DEL k    2 k's row is deleted in SQL    3 SET k goes to Redis alone, acknowledged    4 k's row is inserted again, empty: it would read as a tombstone
+func (e *engine) recalls(ctx context.Context, tx Tx, refs []policy.Ref) bool {
 	var keys []string
 	for i, row := range tx.Rows() {
 		if row.State == policy.NoRow {
@@ -349,8 +377,8 @@ func (e *engine) entryNames(ctx context.Context, tx Tx, refs []policy.Ref) bool 
 	if len(keys) == 0 {
 		return false
 	}
-	named, err := tx.Named(ctx, keys)
-	return e.store.note("named", err) != nil || len(named) > 0 // in doubt it stays marked
+	recalls, err := tx.Recalls(ctx, keys)
+	return e.store.note("named", err) != nil || recalls // in doubt it stays marked
 }
 
 // writeAlone is the write of keys that only Redis can hold: under their locks and our leases, all of them or none, and before the
@@ -359,10 +387,17 @@ func (e *engine) entryNames(ctx context.Context, tx Tx, refs []policy.Ref) bool 
 //	1 we INCR k, to 1    2 our locks go with the COMMIT    3 another sidecar locks k, and reads what Redis has: 0    4 both answer 1
 //
 // false: some lease is not ours any more, and nothing was written.
-func (w *writer) writeAlone(ctx context.Context, tx Tx, g *group, states []*keyState, h hold) (done bool, err error) {
+//
+// forget are changes for that COMMIT: what the store knew of the keys.
+func (w *writer) writeAlone(ctx context.Context, tx Tx, g *group, states []*keyState, h hold) (done bool, forget []policy.Change, err error) {
 	e := w.e
 	version := ""
-	if e.entryNames(ctx, tx, g.refs()) {
+	if e.recalls(ctx, tx, g.refs()) {
+		for _, s := range states {
+			if s.row.State == policy.NoRow {
+				forget = append(forget, policy.Change{Ref: s.ref, Op: policy.Drop})
+			}
+		}
 		version = e.journal.version()
 	}
 	argv := []string{h.number, version, leaseMS}
@@ -377,7 +412,7 @@ func (w *writer) writeAlone(ctx context.Context, tx Tx, g *group, states []*keyS
 		argv = append(argv, op, string(s.now.Data), ms, abs, "t"+h.token, "", "0")
 	}
 	if e.up.epoch.Load() != h.epoch {
-		return false, nil // another run of Redis: the leases are void
+		return false, nil, nil // another run of Redis: the leases are void
 	}
 	if version != "" {
 		e.journal.keepMarks(refs, version)
@@ -391,17 +426,17 @@ func (w *writer) writeAlone(ctx context.Context, tx Tx, g *group, states []*keyS
 	}
 	rs, err := e.up.script(ctx, scriptWrite, keys, argv...)
 	if err != nil {
-		return false, err
+		return false, nil, err
 	}
 	for _, r := range rs {
 		if r.code != keyDone {
-			return false, nil
+			return false, nil, nil
 		}
 	}
 	for _, s := range states {
 		s.on = true
 	}
-	return true, nil
+	return true, forget, nil
 }
 
 // touching divides commands by whether they have changed, or would have, a key without a row.

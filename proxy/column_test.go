@@ -528,6 +528,39 @@ func TestColumnLegacyWriter(t *testing.T) {
 	w.journalEmpty()
 }
 
+// A sidecar that began without the store and steps back to it learns of what others write from then on, without being asked for a key first.
+func TestColumnStepsBack(t *testing.T) {
+	w := columnWorld(t)
+	first := w.column(policy.Phase1, nil)
+	w.record()
+	first.dial(t).want("+OK", "MSET", "report:1", "1", "report:2", "2")
+	first.stop()
+	s := w.column(policy.Phase3, func(o *sidecarOptions) { o.columns[0].Unused = true })
+	c := s.dial(t)
+	c.want("1", "GET", "report:1")
+	for _, phase := range []string{"drain", "phase2"} {
+		c.want("+OK", "CACHEPROXY", "PHASE", "legacy", phase)
+	}
+	c.want("1", "GET", "report:1")
+	w.exec(`UPDATE public.reports SET analytics_cache = '"theirs"' WHERE id = 1`)
+	w.until("redis has no copy of what was changed in SQL", func() bool { return w.raw.do("GET", "report:1") == "(nil)" })
+	c.want(`"theirs"`, "GET", "report:1")
+	w.journalEmpty()
+	// And back: a column that is not used any more may go.
+	for _, phase := range []string{"drain", "phase3"} {
+		c.want("+OK", "CACHEPROXY", "PHASE", "legacy", phase)
+	}
+	w.exec("DROP TABLE public.reports")
+	c.want("+OK", "SET", "plain:1", "x")
+	if got := c.do("CACHEPROXY", "PHASE", "legacy", "drain"); !strings.HasPrefix(got, "-") || !strings.Contains(got, "registered") {
+		t.Errorf("PHASE answers %q", got)
+	}
+	c.want("2", "GET", "report:2")
+	w.until("the other route is served", func() bool { return c.do("SET", "plain:1", "y") == "+OK" })
+	w.until("postgres is used", func() bool { return s.srv.Health().Postgres.Status == "connected" })
+	w.journalEmpty()
+}
+
 func TestColumnExplained(t *testing.T) {
 	w := columnWorld(t)
 	s := w.column(policy.Phase1, nil)
@@ -543,7 +576,10 @@ func TestColumnExplained(t *testing.T) {
 		}
 	}
 	says(c.do("CACHEPROXY", "EXPLAIN", "report:1"), "route: legacy", "store: column analytics_cache of table public.reports: 8 bytes as Postgres prints the JSON", "redis: 7 bytes")
-	says(c.do("CACHEPROXY", "EXPLAIN", "report:2"), "the row is there, and its column is NULL or has expired")
+	says(c.do("CACHEPROXY", "EXPLAIN", "report:2"), "the row is there, and nothing has been written to its column")
+	c.want("+OK", "SET", "report:3", "1")
+	c.want(":1", "DEL", "report:3")
+	says(c.do("CACHEPROXY", "EXPLAIN", "report:3"), "the row is there, and its value was deleted or has expired")
 	says(c.do("CACHEPROXY", "EXPLAIN", "report:99"), "the table has no row for this key", "Redis alone", "writes go to: Redis only", "answered by redis")
 	says(c.do("CACHEPROXY", "DIFF", "report:1"), "same as JSON")
 	says(c.do("CACHEPROXY", "DIFF", "report:99"), "only in redis, and nowhere else to be")

@@ -175,9 +175,12 @@ func (e *engine) readsStores() bool {
 	return slices.ContainsFunc(e.router.Load().Routes(), func(r policy.Route) bool { return r.Phase.Rules().ReadsStore })
 }
 
-// mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, so a
+// mayBeInRedis: some sidecar serves or served the route in a phase whose writes only Redis holds, or the key may have been written before it had a row, so a
 // missing row says nothing. A phase that does not read Redis was not entered before the store had everything.
 func (e *engine) mayBeInRedis(r *policy.Route) bool {
+	if r.Column() {
+		return true
+	}
 	if !r.Phase.Rules().ReadsRedis {
 		return false
 	}
@@ -415,6 +418,7 @@ func (noStore) JSON([]byte) bool                          { return true }
 func (noStore) Unavailable(err error) bool                { return errors.Is(err, errStoreDown) }
 func (noStore) Uncertain(error) bool                      { return false }
 func (noStore) BadData(error) bool                        { return false }
+func (noStore) Rejected(error) bool                       { return false }
 func (noStore) Overloaded(error) bool                     { return false }
 
 // storeInUse: some route's phase has a store.

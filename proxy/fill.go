@@ -561,6 +561,9 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 	marked, polled := f.markedSince(ctx, loads, keys)
 	rows, gone := e.store.load(ctx, refs)
 	others := f.otherTypes(ctx, loads, keys, rows)
+	if err := f.moved(ctx, loads, rows, others); err != nil {
+		gone = err
+	}
 	for i, l := range loads {
 		err := gone
 		if err == nil && marked[i] { // what is not marked does not depend on that poll
@@ -569,7 +572,7 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 		switch {
 		case marked[i] && err == nil:
 			f.beginAgain(l)
-		case others[i].code == keyOther, others[i].code == keyValue && err == nil && rows[i].State == policy.NoRow:
+		case others[i].code == keyOther, others[i].code == keyValue && err == nil && onlyRedis(l.route, rows[i]):
 			f.finish(l, f.e.redisAnswer(others[i]), early[i])
 		case err != nil:
 			why := unavailable(l.route, "neither store can be asked")
@@ -582,7 +585,7 @@ func (f *filler) fromStore(ctx context.Context, loads []*load) {
 			f.finish(l, answer{fail: why}, early[i])
 		case e.journal.staleStore(keys[i]):
 			f.finish(l, answer{fail: unavailable(l.route, "the store's copy is stale and Redis cannot be asked")}, early[i])
-		case rows[i].State == policy.NoRow && others[i].code == 0, rows[i].State == policy.Absent && e.mayBeInRedis(l.route):
+		case others[i].code == 0 && (rows[i].State == policy.NoRow || rows[i].State == policy.Absent && e.mayBeInRedis(l.route)):
 			if l.route.OnUnknown == policy.UnknownError {
 				f.finish(l, answer{fail: unavailable(l.route, "redis may hold the key and cannot be asked")}, early[i])
 			} else {
@@ -651,8 +654,32 @@ func (f *filler) beginAgain(l *load) {
 	}
 }
 
+// moved reads the rows anew of keys that Redis may have been the only holder of, and that somebody has written there of late:
+//
+//	1 we read that the column is empty    2 INCR k finds k in Redis, and brings it into the column    3 k is deleted in Redis, and we find none there
+func (f *filler) moved(ctx context.Context, loads []*load, rows []policy.Row, others []keyReply) error {
+	var refs []policy.Ref
+	var idx []int
+	for i, l := range loads {
+		if i < len(rows) && others[i].code == keyDone && others[i].num > 0 && onlyRedis(l.route, rows[i]) {
+			refs, idx = append(refs, l.ref), append(idx, i)
+		}
+	}
+	if len(refs) == 0 {
+		return nil
+	}
+	again, err := f.e.store.load(ctx, refs)
+	if err != nil {
+		return err
+	}
+	for j, i := range idx {
+		rows[i] = again[j]
+	}
+	return nil
+}
+
 // otherTypes looks in Redis for keys without a live row where the phase does not read strings there: a key that holds
-// something else is not the store's, and Redis speaks for it; so it does for a key that has no row in an adopted column.
+// something else is not the store's, and Redis speaks for it; so it does for a key that an adopted column has no row for, or nothing in it.
 func (f *filler) otherTypes(ctx context.Context, loads []*load, keys []string, rows []policy.Row) []keyReply {
 	out := make([]keyReply, len(loads))
 	var idx []int

@@ -238,7 +238,7 @@ func (r *runner) run(ctx context.Context, op *runOp) ([]byte, error) {
 			st.first[i] = route.Phase.Rules().Write.KeepsRow() && st.rows[i].State != policy.NoRow
 		}
 		st.truth = st.rowsRead()
-		st.named = e.entryNames(ctx, tx, op.keys)
+		st.named = e.recalls(ctx, tx, op.keys)
 	case e.store.gone(err) && op.withoutStore() && e.namesStale(op.keys):
 		return op.refuse(staleAndAlone(op.route())), nil
 	case e.store.gone(err) && op.withoutStore():
@@ -275,7 +275,7 @@ type running struct {
 	after   []keyReply // what the command left of the keys of captured()
 
 	// Of a command that may write a key of a column (column.go).
-	named  bool       // an entry names a key that has no row
+	named  bool       // the store knows something of a key that has no row
 	odd    []bool     // keys whose value in Redis no row can hold; nil: none
 	before []before   // what the keys held when it ran
 	left   []keyReply // what it left of the keys of overtaken()
@@ -375,6 +375,9 @@ func (r *runner) again(ctx context.Context, st *running, adopt []policy.Change, 
 	case len(adopt) > 0:
 		if _, err := st.tx.Commit(ctx, adopt, nil, nil, false); err != nil {
 			e.store.note("commit", err) //nolint:errcheck // answered here
+			if no := e.notTaken(columnOf(st.routes), err); no != nil && st.judged() {
+				return st.refuse(no), nil
+			}
 			return st.refuse(unavailable(st.route(), "postgres refused the transaction")), nil
 		}
 	}
@@ -997,7 +1000,7 @@ func (r *runner) mirror(ctx context.Context, st *running, reply []byte) []byte {
 		if st.rows[i].State == policy.NoRow {
 			e.stats.route(st.routes[i].Name).noRow.Add(1)
 		}
-		if speaks(st.rows[i]) {
+		if dropped(st.rows[i]) || st.named && st.rows[i].State == policy.NoRow {
 			changes = append(changes, policy.Change{Ref: st.keys[i], Op: policy.Drop})
 		}
 	}
@@ -1057,8 +1060,8 @@ func (r *runner) notCommitted(ctx context.Context, st *running, g *group, reply 
 		return e.stats.unsure(st.route(), "postgres refused the values, and what concerns other keys has been done").reply(nil)
 	case errors.Is(err, errTooLarge):
 		return (&refusal{"DENIED", fmt.Sprintf("the value would be larger than postgres.max_value allows for keys of route %s", st.route().Name)}).reply(nil)
-	case e.store.BadData(err) && st.judged():
-		return notJSON(columnOf(st.routes)).reply(nil)
+	case st.judged() && e.notTaken(columnOf(st.routes), err) != nil:
+		return e.notTaken(columnOf(st.routes), err).reply(nil)
 	case e.store.BadData(err):
 		return unavailable(st.route(), "postgres refused the value").reply(nil)
 	}

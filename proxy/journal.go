@@ -896,7 +896,7 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 		if c.Op != policy.Drop {
 			copied++
 		}
-		if c.Op != policy.Drop || speaks(row) {
+		if c.Op != policy.Drop || dropped(row) || row.State == policy.NoRow {
 			changes = append(changes, c)
 		}
 		strike = append(strike, keys[i])
@@ -905,7 +905,7 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 	if len(changes) > 0 {
 		_, err := tx.Commit(ctx, changes, nil, nil, false)
 		switch {
-		case err == nil || !e.store.BadData(err):
+		case err == nil || !e.store.BadData(err) && !e.store.Rejected(err):
 		case len(refs) > 1: // one of them, and each finds out by itself
 			tx.Rollback()
 			for i := range refs {
@@ -913,10 +913,13 @@ func (j *journal) repairPart(ctx context.Context, refs []policy.Ref, read bool) 
 				struck, failed = struck+n, errors.Join(failed, one)
 			}
 			return struck, failed
-		case read && e.inColumn(refs[0]): // the gate let something pass that this server refuses as JSON
+		case read && e.inColumn(refs[0]): // the gate let something pass that this server refuses as JSON, or the table has rules of its own
 			tx.Rollback()
 			return j.repairPart(ctx, refs, false)
 		default:
+			if e.store.Rejected(err) { // the row says what is not so, and the mark keeps it from being read
+				e.log.Warn("a constraint or trigger of the application's table refuses that its column is emptied; the key's mark stays until it does not", zap.String("route", refs[0].Route))
+			}
 			return 0, err // the next poll finds the mark again
 		}
 		if e.store.note("repair", err) != nil {

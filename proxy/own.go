@@ -230,7 +230,7 @@ func (s *Server) explain(key string) []string {
 	switch {
 	case !rules.ReadsStore && c.redisErr != nil:
 		who = "nobody: Redis cannot be asked and this phase does not read the store"
-	case (rules.ReadsRedis || noRow) && c.redisErr == nil && !c.staleRedis && c.redis.Exists:
+	case (rules.ReadsRedis || c.rowErr == nil && onlyRedis(c.route, c.row)) && c.redisErr == nil && !c.staleRedis && c.redis.Exists:
 		who = "redis: it has the key"
 	case !rules.ReadsStore:
 	case c.rowErr != nil:
@@ -264,11 +264,13 @@ func storeWords(c copies, rules policy.Rules) string {
 	case c.rowErr != nil:
 		return "cannot be asked"
 	case c.row.State == policy.Tombstone && c.route.Column():
-		return "nothing (the row is there, and its column is NULL or has expired)"
+		return "nothing (the row is there, and its value was deleted or has expired)"
 	case c.row.State == policy.Tombstone:
 		return "deleted (remembered for the failover window)"
 	case c.row.State == policy.NoRow:
 		return "the table has no row for this key"
+	case c.row.Bare:
+		return "absent (the row is there, and nothing has been written to its column)"
 	case c.row.State == policy.Absent && c.route.Column():
 		return "absent (the row is there, and its column was emptied because Redis has the key alone)"
 	case c.row.State == policy.Absent:

@@ -22,6 +22,7 @@ type PeerStore interface {
 	Poll(ctx context.Context, after int64) (StorePoll, error)
 	Lift(ctx context.Context, above int64) (lifted bool, err error)
 	BadData(err error) bool
+	Rejected(err error) bool
 }
 
 // Peer keeps the protocols for a process that serves no clients: what copies one store into the other, or compares them, while sidecars serve
@@ -261,9 +262,10 @@ const (
 	NoPlace                // the store has no row that could hold the key
 	Remembered             // readers remember for negative_ttl that both stores lack it
 	Repaired               // the copies differed, and do not any more
+	Refused                // a constraint or a trigger of the table refuses the value
 )
 
-var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "remembered as absent", "repaired"}
+var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "remembered as absent", "repaired", "refused by the table"}
 
 func (f Fate) String() string { return fateWords[f] }
 
@@ -527,7 +529,7 @@ func (c *PeerLink) copyPart(ctx context.Context, refs []policy.Ref, part []int, 
 	}
 	err := c.copyLocked(ctx, refs, part, sent, out, false)
 	switch {
-	case err == nil || !c.p.store.BadData(err):
+	case err == nil || !c.p.store.BadData(err) && !c.p.store.Rejected(err):
 		return err
 	case len(part) > 1:
 		for _, i := range part {
@@ -537,9 +539,15 @@ func (c *PeerLink) copyPart(ctx context.Context, refs []policy.Ref, part []int, 
 		}
 		return nil
 	}
-	if err = c.copyLocked(ctx, refs, part, sent, out, true); err != nil && c.p.store.BadData(err) {
-		out[part[0]].Fate = NotJSON
-		return nil
+	if c.p.store.BadData(err) {
+		err = c.copyLocked(ctx, refs, part, sent, out, true)
+	}
+	switch {
+	case err == nil:
+	case c.p.store.BadData(err):
+		out[part[0]].Fate, err = NotJSON, nil
+	case c.p.store.Rejected(err):
+		out[part[0]].Fate, err = Refused, nil
 	}
 	return err
 }
@@ -688,7 +696,7 @@ func (c *PeerLink) PreferStore(ctx context.Context, refs []policy.Ref) ([]Done, 
 	var keys []string
 	var idx []int
 	for i, row := range tx.Rows() {
-		if row.State == policy.Absent {
+		if !speaks(row) {
 			out[i].Fate = Gone
 			continue
 		}

@@ -50,6 +50,7 @@ type Store interface {
 	Unavailable(err error) bool // the store cannot be reached or cannot work
 	Uncertain(err error) bool   // a Commit may or may not have happened
 	BadData(err error) bool     // the store refused a value as JSON
+	Rejected(err error) bool    // a constraint or a trigger of the application's table refused a change
 	Overloaded(err error) bool  // shed: too much is waiting
 }
 
@@ -68,6 +69,9 @@ type Tx interface {
 	Strike(ctx context.Context, ids []int64) ([]Intent, error)
 	// Named tells which of keys, locked by this transaction, an entry of the journal names.
 	Named(ctx context.Context, keys []string) (map[string]bool, error)
+	// Recalls tells of keys, locked by this transaction, that have no row in their columns, whether the store knows something of one of them all the same: an entry names it,
+	// or a row that somebody inserts would make it read as deleted. A change that drops the key has that forgotten.
+	Recalls(ctx context.Context, keys []string) (bool, error)
 	// Rollback gives the locks back; after Commit it does nothing.
 	Rollback()
 }

@@ -27,6 +27,8 @@ type writeOp struct {
 	// done is called once, from a goroutine of the writer. pass: the command is about a key that holds no
 	// string; nothing was done, and it belongs to Redis as it is.
 	done func(reply []byte, pass bool)
+	// odd: the table has refused what only Redis has of a key, so that it cannot be brought there first.
+	odd bool
 }
 
 func (op *writeOp) refuse(c *refusal) { op.done(c.reply(nil), false) }
@@ -547,7 +549,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 				s.now.Data = exact(s.route, s.row, rs[i])
 			}
 		case keyValue:
-			if s.odd = !s.alone() && !e.fits(s.route, rs[i].value); s.odd || s.alone() {
+			if s.odd = !s.alone() && (ops[0].odd || !e.fits(s.route, rs[i].value)); s.odd || s.alone() {
 				s.now = e.replyValue(rs[i])
 				break
 			}
@@ -603,7 +605,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		return
 	}
 	if alone := g.alone(); len(alone) > 0 {
-		done, err := w.writeAlone(ctx, tx, g, alone, h)
+		done, forget, err := w.writeAlone(ctx, tx, g, alone, h)
 		switch {
 		case err != nil:
 			e.redisFailed(err)
@@ -618,6 +620,7 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 		}
 		e.countNoRow(g, outcomes)
 		outcomes = g.finishAlone(outcomes)
+		changes = append(changes, forget...)
 	}
 	var intent int64
 	var known []int64
@@ -642,15 +645,18 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 			}
 			again = append(again, opsOf(rest)...)
 			return
-		case e.store.BadData(err) && !rawOnly && g.hasColumn():
-			// The gate let something pass that this server refuses as JSON: each command finds out by itself whether it is the one.
+		case (e.store.BadData(err) || e.store.Rejected(err)) && !rawOnly && g.hasColumn():
+			// The gate let something pass that this server refuses as JSON, or the table has rules of its own: each command finds out by itself whether it is the one.
 			w.putBack(ctx, g.states, h)
 			tx.Rollback()
 			whole := slices.Concat(again, opsOf(outcomes))
 			again = nil
-			if len(whole) == 1 {
-				whole[0].refuse(notJSON(columnOf(whole[0].routes)))
+			if len(whole) == 1 && (len(adopted) == 0 || whole[0].odd) {
+				whole[0].refuse(e.notTaken(columnOf(whole[0].routes), err))
 				return
+			}
+			if len(whole) == 1 {
+				whole[0].odd = true // what is refused is perhaps not the command's, but what it would replace
 			}
 			for _, op := range whole {
 				w.storeFirst(ctx, []*writeOp{op}, false)
@@ -1168,11 +1174,16 @@ func (w *writer) redisFirst(ctx context.Context, ops []*writeOp, locked bool) {
 		keys = append(keys, s.ref.Key)
 		dirty = append(dirty, s.ref)
 		argv = append(argv, op, string(s.now.Data), ms, abs, want, s.redis.mark, strconv.FormatInt(s.redis.num, 10))
-		if speaks(s.row) {
+		if dropped(s.row) {
 			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
 		}
 	}
-	named := locked && len(keys) > 0 && e.entryNames(ctx, tx, g.refs())
+	named := locked && len(keys) > 0 && e.recalls(ctx, tx, g.refs())
+	for _, s := range g.states {
+		if named && s.dirty && !s.wait && s.row.State == policy.NoRow {
+			drop = append(drop, policy.Change{Ref: s.ref, Op: policy.Drop})
+		}
+	}
 	if len(keys) > 0 {
 		e.journal.keepMarks(dirty, version)
 		written, err := e.up.script(ctx, scriptWrite, keys, argv...)

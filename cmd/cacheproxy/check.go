@@ -290,7 +290,7 @@ func (r *report) columns(ctx context.Context, s *fallback.Store, cfg *config.Con
 	for _, c := range cfg.ColumnRoutes() {
 		stores[c.Route] = c.Store
 	}
-	for _, c := range columns(cfg) {
+	for _, c := range columns(cfg, cfg.PolicyRoutes()) {
 		if c.Unused {
 			r.ok("postgres", "route %s: its column is not used in its phase", c.Route)
 		}

@@ -120,14 +120,14 @@ func newFallback(cfg *config.Config, log *zap.Logger) (*fallback.Store, error) {
 	return fallback.New(fallback.Config{
 		URL: cfg.Postgres.URL, Password: config.Password("postgres.password_file", cfg.Postgres.PasswordFile, log),
 		MaxReads: cfg.Postgres.MaxReads, MaxWrites: cfg.Postgres.MaxWrites, QueryTimeout: cfg.Postgres.Timeout,
-		Window: cfg.Redis.FailoverWindow, Log: log, Columns: columns(cfg),
+		Window: cfg.Redis.FailoverWindow, Log: log, Columns: columns(cfg, cfg.PolicyRoutes()),
 	})
 }
 
-// columns are the routes whose store is a column of the application's.
-func columns(cfg *config.Config) []fallback.Column {
+// columns are the routes whose store is a column of the application's. served says in which phases.
+func columns(cfg *config.Config, served []policy.Route) []fallback.Column {
 	unused := map[string]bool{}
-	for _, r := range cfg.PolicyRoutes() {
+	for _, r := range served {
 		unused[r.Name] = !r.Phase.Rules().UsesStore
 	}
 	var out []fallback.Column
@@ -375,12 +375,19 @@ const columnsTime = 5 * time.Second
 
 // setColumns gives the store the columns of next, before a route can name one. Columns that cannot be used are refused.
 func (p *process) setColumns(next *config.Config) (undo func(), err error) {
-	now := columns(p.settings.current())
-	if p.store == nil || reflect.DeepEqual(now, columns(next)) {
+	if p.store == nil {
+		return func() {}, nil
+	}
+	old := p.settings.current()
+	served := func(cfg *config.Config) []policy.Route {
+		return keepPhases(cfg.PolicyRoutes(), old.PolicyRoutes(), p.server.Phases())
+	}
+	now, then := columns(old, served(old)), columns(next, served(next))
+	if reflect.DeepEqual(now, then) {
 		return func() {}, nil
 	}
 	undo = func() { _ = p.store.db.SetColumns(now) } // they were accepted before
-	if err := p.store.db.SetColumns(columns(next)); err != nil {
+	if err := p.store.db.SetColumns(then); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), columnsTime)

@@ -41,7 +41,7 @@ func (c *cli) triggerSQL(route string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, column := range columns(cfg) {
+	for _, column := range columns(cfg, cfg.PolicyRoutes()) {
 		if column.Route == route {
 			return fallback.TriggerSQL(column)
 		}

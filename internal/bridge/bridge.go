@@ -85,6 +85,7 @@ func (b store) JSON(value []byte) bool     { return fallback.JSON(value) }
 func (b store) Unavailable(err error) bool { return fallback.Unavailable(err) }
 func (b store) Uncertain(err error) bool   { return fallback.Uncertain(err) }
 func (b store) BadData(err error) bool     { return fallback.BadData(err) }
+func (b store) Rejected(err error) bool    { return fallback.Rejected(err) }
 func (b store) Overloaded(err error) bool  { return fallback.Overloaded(err) }
 
 type tx struct{ *fallback.Tx }

@@ -29,7 +29,7 @@ type Report struct {
 	There    int64 `json:"there"`      // the other side had the key
 	Expired  int64 `json:"expired"`    // rows, also those that ended meanwhile
 	Deleted  int64 `json:"deleted"`    // tombstones
-	Dead     int64 `json:"dead"`       // rows that say nothing: from before a fence, or of a column that was emptied because Redis has the value
+	Dead     int64 `json:"dead"`       // rows that say nothing: from before a fence, or of a column that nobody has written, or that was emptied because Redis has the value
 	Marked   int64 `json:"marked"`     // left to the repair
 	Other    int64 `json:"other_type"` // Redis has something else there
 	TooLarge int64 `json:"too_large"`
@@ -69,6 +69,8 @@ func (r *Report) note(key string, d proxy.Done) {
 	case proxy.NoPlace:
 		r.NoRow++
 		r.example("no row", key, "the table has none that could hold it")
+	case proxy.Refused:
+		r.fail(key, "a constraint or a trigger of the table refuses the value")
 	case proxy.Remembered:
 		r.Negative++
 	default:
@@ -115,7 +117,7 @@ func (r *Report) Print(w io.Writer) {
 	line(r.There, "were in "+other+" already")
 	line(r.Expired, "have expired or were deleted meanwhile")
 	line(r.Deleted, "are known to be deleted")
-	line(r.Dead, "do not count: a fence stands above them, or only redis is to have the value")
+	line(r.Dead, "do not count: nothing was written there, a fence stands above them, or only redis is to have the value")
 	line(r.Marked, "are marked in redis's journal: the repair brings them")
 	line(r.NoRow, "have no row in the table")
 	line(r.Negative, "are remembered as absent: run again after negative_ttl")
