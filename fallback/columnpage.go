@@ -19,7 +19,7 @@ SELECT k.texts, k.state, k.state = 1 AND NOT k.empty, k.size
 FROM (SELECT e.*, {state} AS state
       FROM (SELECT r.n, {texts} AS texts, r.{value} IS NULL AS empty, {life} AS ends,
                    coalesce(m.generation, 0) AS generation, coalesce(m.dropped, false) AS dropped, fence.floor, clock.now,
-                   coalesce(pg_column_size(r.{value}), 0)::bigint AS size
+                   coalesce({size}, 0)::bigint AS size
             FROM clock, fence,
                  (SELECT {columns}, row_number() OVER (ORDER BY {order}) AS n
                   FROM {table} r WHERE {begin} {named} ORDER BY {order} LIMIT {limit}::bigint) r

@@ -23,6 +23,10 @@ func (b store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error
 	return b.s.Look(ctx, refs)
 }
 
+func (b store) Weigh(ctx context.Context, refs []policy.Ref) ([]int64, error) {
+	return b.s.Weigh(ctx, refs)
+}
+
 func (b store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
 	return b.s.Load(ctx, refs)
 }

@@ -15,6 +15,8 @@ const (
 	batchKeys = 256
 	// batchBytes bounds what a batch holds in memory, and what one script hands to Redis, unless one value is larger.
 	batchBytes = 4 << 20
+	// unknownSize stands for that of a value that nobody has looked at.
+	unknownSize = batchBytes / 16
 )
 
 // found is a part of a walk: keys, in the order of the walk, and where it goes on.

@@ -71,6 +71,8 @@ func (r *Report) note(key string, d proxy.Done) {
 		r.example("no row", key, "the table has none that could hold it")
 	case proxy.Remembered:
 		r.Negative++
+	case proxy.Late:
+		r.fail(key, fmt.Sprintf("its row could not be read within %s", proxy.PatientLease))
 	default:
 		r.fail(key, "somebody was at the key all the time")
 	}
