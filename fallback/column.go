@@ -144,6 +144,7 @@ type column struct {
 	first  string // $1 route, $2 limit
 	walk   string // $1… parts to begin behind, then route, scope and limit
 	begin  string // $1 route, $2 scope, $3 limit
+	sample string // $1 route, $2 scope, $3 limit, $4 percent
 	forget string // $1 keys, $2… parts, then route, milliseconds, scope
 	recent string // $1 route, $2 since, $3 the key to begin behind, $4 limit
 }
@@ -269,6 +270,7 @@ func (c *column) compose() {
 	c.page = word.Replace(columnPageSQL)
 	c.walk = word.Replace(strings.NewReplacer("{begin}", "{behind} AND", "{route}", "{after1}", "{scope}", "{after2}", "{limit}", "{after3}").Replace(columnWalkSQL))
 	c.begin = word.Replace(strings.NewReplacer("{begin}", "", "{route}", "$1", "{scope}", "$2", "{limit}", "$3").Replace(columnWalkSQL))
+	c.sample = word.Replace(columnSampleSQL)
 	c.forget = word.Replace(columnForgetSQL)
 	c.recent = word.Replace(columnRecentSQL)
 }

@@ -68,7 +68,7 @@ func (b store) Seen(ctx context.Context, routes, phases []string) error {
 
 func (b store) Standing(ctx context.Context, route string, rows int) (proxy.StoreStanding, error) {
 	s, err := b.s.Standing(ctx, route, rows)
-	out := proxy.StoreStanding{Longest: s.Longest, Keys: s.Keys}
+	out := proxy.StoreStanding{Longest: s.Longest, Keys: s.Keys, Partial: s.Partial}
 	for _, p := range s.Phases {
 		out.Phases = append(out.Phases, proxy.PhaseSeen(p))
 	}
