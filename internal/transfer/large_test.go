@@ -2,8 +2,11 @@ package transfer_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"regexp"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -143,5 +146,146 @@ func TestSlowLoads(t *testing.T) {
 	r, err := transfer.Migrate(context.Background(), x.stores, x.options())
 	if err != nil || r.Copied != 4 || r.Failed != 0 {
 		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// ledger is one that may fail.
+type ledger struct {
+	mu    sync.Mutex
+	state []byte
+	at    time.Time
+	err   error
+}
+
+func (l *ledger) Read(context.Context) ([]byte, time.Time, bool, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.state, l.at, l.state != nil, nil
+}
+
+func (l *ledger) Write(_ context.Context, state []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err == nil {
+		l.state, l.at = state, time.Now()
+	}
+	return l.err
+}
+
+// A checkpoint that cannot be written is not promised: it is said what stands.
+func TestUnsaved(t *testing.T) {
+	x := newLab(t, testenv.Redis(t).URL(), policy.Phase1)
+	x.sql(t, fmt.Sprintf(insertRows, "'1'", 10))
+	broken := errors.New("disk full")
+	l := &ledger{}
+	x.stores.Ledger = l
+	interrupted := func() error {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		x.seen.before = func([]policy.Ref) { cancel() }
+		opt := x.options()
+		opt.Workers, opt.Rate = 1, 10 // one key a batch
+		_, err := transfer.Migrate(ctx, x.stores, opt)
+		if !errors.Is(err, transfer.ErrInterrupted) {
+			t.Fatal(err)
+		}
+		if err := x.redis.FlushAll(context.Background()).Err(); err != nil {
+			t.Fatal(err)
+		}
+		return err
+	}
+	l.err = broken
+	if err := interrupted(); !errors.Is(err, broken) || !strings.Contains(err.Error(), "begins at the beginning") {
+		t.Errorf("nothing stands: %v", err)
+	}
+	l.err = nil
+	if _, ok := errors.AsType[*transfer.Unsaved](interrupted()); ok || l.state == nil {
+		t.Error("it was not written")
+	}
+	l.err = broken
+	if err := interrupted(); !strings.Contains(err.Error(), "--resume goes on from there") {
+		t.Errorf("one stands: %v", err)
+	}
+}
+
+// What a restart of Redis may have cost is in the report, and not everything is where it should be then.
+func TestRestartIsReported(t *testing.T) {
+	srv := testenv.Redis(t)
+	x := newLab(t, srv.URL(), policy.Phase1)
+	x.stores.Trouble = func(error) string { return "" }
+	x.sql(t, fmt.Sprintf(insertRows, "'1'", 40))
+	n := 0
+	x.seen.before = func([]policy.Ref) {
+		if n++; n == 20 {
+			if err := srv.Restart(); err != nil {
+				t.Error(err)
+			}
+			x.redis.FlushAll(context.Background())
+		}
+	}
+	opt := x.options()
+	opt.Workers, opt.Rate = 1, 10
+	r, err := transfer.Migrate(context.Background(), x.stores, opt)
+	if err != nil || r.Rows != 40 || r.Restarts != 1 || r.OK() {
+		t.Errorf("%+v, %v", r, err)
+	}
+	x.seen.before = nil
+	if r, err := transfer.Migrate(context.Background(), x.stores, x.options()); err != nil || r.Restarts != 0 || !r.OK() || r.Copied == 0 {
+		t.Errorf("once more: %+v, %v", r, err)
+	}
+}
+
+// The keys of others are no part of how far a walk over Redis has come.
+func TestScanProgress(t *testing.T) {
+	x := newLab(t, testenv.Redis(t).URL(), policy.Phase1)
+	const own, others = 12_000, 48_000
+	pipe := x.redis.Pipeline()
+	for i := range own + others {
+		name := "other:"
+		if i%5 == 0 {
+			name = "own:"
+		}
+		pipe.Set(context.Background(), name+strconv.Itoa(i), "1", 0)
+	}
+	if _, err := pipe.Exec(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if x.router, err = policy.NewRouter([]policy.Route{{Name: "all", Match: "own:*", Phase: policy.Phase1}}); err != nil {
+		t.Fatal(err)
+	}
+	x.route = &x.router.Routes()[0]
+	for walk, run := range map[string]func(p *transfer.Progress) error{
+		"keys": func(p *transfer.Progress) error {
+			opt := x.options()
+			opt.Reverse, opt.DryRun, opt.Rate, opt.Progress = true, true, 15_000, p
+			r, err := transfer.Migrate(context.Background(), x.stores, opt)
+			if r.Copied != own {
+				t.Errorf("%+v", r)
+			}
+			return err
+		},
+		"keys of redis": func(p *transfer.Progress) error {
+			opt := x.verifyOptions()
+			opt.Progress = p
+			_, err := transfer.Verify(context.Background(), x.stores, opt)
+			return err
+		},
+	} {
+		var out strings.Builder
+		p := transfer.NewProgress(&out, nil)
+		p.Every(0)
+		if err := run(p); err != nil {
+			t.Fatal(err)
+		}
+		lines := regexp.MustCompile(`\d+ of about (\d+) `+walk+`,`).FindAllStringSubmatch(out.String(), -1)
+		if len(lines) == 0 {
+			t.Errorf("nothing is told of %s:\n%s", walk, out.String())
+		}
+		for _, line := range lines {
+			if n, _ := strconv.Atoi(line[1]); n < own*8/10 || n > own*12/10 {
+				t.Errorf("%s: %s", walk, line[0])
+			}
+		}
 	}
 }

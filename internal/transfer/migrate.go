@@ -98,9 +98,27 @@ type migration struct {
 	known   map[string]bool  // guarded by mu: which processes of Redis have been met
 	earlier time.Duration    // what earlier runs took
 	begun   time.Time
-	total   int64
-	runID   string // of Redis, at the beginning
+	total   int64     // guarded by mu once it runs: about how many keys there are
+	saved   time.Time // guarded by mu: when the checkpoint that stands was written; zero: there is none
+	runID   string    // of Redis, at the beginning
 }
+
+// Unsaved tells beside another error that the checkpoint could not be written.
+type Unsaved struct {
+	Err error
+	// Before is when the one before it was written, which stands; zero: there is none.
+	Before time.Time
+}
+
+func (e *Unsaved) Error() string {
+	stands := "there is none before it: the next run begins at the beginning"
+	if !e.Before.IsZero() {
+		stands = "the one of " + e.Before.Local().Format(time.DateTime) + " stands, and --resume goes on from there"
+	}
+	return fmt.Sprintf("the checkpoint could not be written (%v); %s", e.Err, stands)
+}
+
+func (e *Unsaved) Unwrap() error { return e.Err }
 
 // Refusal says why a route cannot be copied now.
 type Refusal struct{ Why string }
@@ -246,6 +264,7 @@ func (m *migration) recall(ctx context.Context) error {
 	case !found:
 		return nil
 	case !m.opt.Resume:
+		m.saved = at
 		m.say("the checkpoint of %s is given up; --resume would have gone on from it", at.Local().Format(time.DateTime))
 		return nil
 	}
@@ -269,7 +288,10 @@ func (m *migration) recall(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.after, m.walked, m.report = c.After, c.Walked, c.Report
+	m.after, m.walked, m.report, m.saved = c.After, c.Walked, c.Report, at
+	if c.RunID != m.runID {
+		m.lost()
+	}
 	m.earlier = time.Duration(c.Report.Seconds * float64(time.Second))
 	for i, key := range c.Later {
 		m.later[key] = unknownSize
@@ -310,9 +332,13 @@ func (m *migration) save(done bool) error {
 	if err != nil {
 		return err
 	}
-	if err := m.stores.Ledger.Write(ctx, text); err != nil {
-		return fmt.Errorf("the checkpoint could not be written: %w", err)
+	err = m.stores.Ledger.Write(ctx, text)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil {
+		return &Unsaved{err, m.saved}
 	}
+	m.saved = time.Now()
 	return nil
 }
 
@@ -333,9 +359,9 @@ func (m *migration) watch(ctx context.Context) {
 		case <-draw.C:
 		}
 		m.mu.Lock()
-		looked := m.looked
+		looked, total := m.looked, m.total
 		m.mu.Unlock()
-		m.opt.Progress.show(looked, m.total, what)
+		m.opt.Progress.show(looked, total, what)
 		if time.Since(saved) < saveEvery {
 			continue
 		}
@@ -347,7 +373,7 @@ func (m *migration) watch(ctx context.Context) {
 			m.stop(err)
 		case !failed:
 			failed = true
-			m.say("%v; the one before it stands", err)
+			m.say("%v", err)
 		}
 	}
 }
@@ -415,6 +441,7 @@ func (m *migration) take(part found) (out []*batch) {
 		}
 		m.looked++
 	}
+	m.total = part.expected(m.report.Rows, m.total)
 	return b.out
 }
 
@@ -604,11 +631,19 @@ func (m *migration) met(ctx context.Context, link *proxy.PeerLink) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.known) == 1 && !m.opt.Reverse {
+	if len(m.known) > 0 && !m.opt.Reverse {
 		m.say("redis has been restarted: what it has lost of the rows that were copied is not copied again; run once more afterwards")
+		m.lost()
 	}
 	m.known[link.RunID()] = true
 	return nil
+}
+
+// lost notes that Redis was restarted, and may lack again what was there or was copied. Caller holds mu.
+func (m *migration) lost() {
+	if m.report.Copied+m.report.There > 0 {
+		m.report.Restarts++
+	}
 }
 
 // settle counts what became of a batch, and returns what is to be tried again at once: keys whose leases were over before they were read,

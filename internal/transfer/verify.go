@@ -224,10 +224,10 @@ func (v *verification) walk(ctx context.Context, f feed, share float64, total in
 	var parts [][]policy.PageRow
 	after, last := "", false
 	walked := int64(0)
+	var part found
 	for !last {
 		parts = parts[:0]
 		for len(parts) < v.opt.Workers && !last {
-			var part found
 			err := patiently(ctx, v.stores, v.gate, func() (err error) {
 				part, err = f.next(ctx, after)
 				return err
@@ -242,7 +242,7 @@ func (v *verification) walk(ctx context.Context, f feed, share float64, total in
 		if err := v.spread(ctx, parts, each); err != nil {
 			return err
 		}
-		v.opt.Progress.show(walked, total, what)
+		v.opt.Progress.show(walked, part.expected(walked, total), what)
 		if len(v.suspects) >= maxSuspects {
 			if err := v.settle(ctx); err != nil {
 				return err
