@@ -173,13 +173,14 @@ type column struct {
 	checked atomic.Bool // the catalogue has confirmed it; what follows is static from then on
 
 	types  []keyType
-	load   string // $1 keys, $2… parts, then route, scope, and whether values are wanted
+	load   string // $1 keys, $2… parts, then route, scope, and what of the values is wanted
 	lock   string // $1 keys, $2… parts
 	write  string // $1 keys, $2… parts, then JSON, kinds, amounts, drops, route, scope
 	page   string // $1… parts to begin behind, then route and limit
 	first  string // $1 route, $2 limit
 	walk   string // $1… parts to begin behind, then route, scope and limit
 	begin  string // $1 route, $2 scope, $3 limit
+	sample string // $1 route, $2 scope, $3 limit, $4 percent
 	forget string // $1 keys, $2… parts, then route, milliseconds, scope
 	recent string // $1 route, $2 since, $3 the key to begin behind, $4 limit
 }
@@ -296,7 +297,7 @@ func (c *column) compose() {
 		"{table}", c.relation(), "{value}", quoted(c.Value), "{n}", strconv.Itoa(n),
 		"{arrays}", strings.Join(arrays, ", "), "{names}", strings.Join(names, ", "),
 		"{match}", strings.Join(match, " AND "), "{order}", strings.Join(order, ", "),
-		"{state}", columnStateSQL, "{life}", c.lifeSQL(), "{set}", c.setSQL(), "{kept}", c.keptSQL(),
+		"{state}", columnStateSQL, "{size}", sizeOf("r."+quoted(c.Value)), "{life}", c.lifeSQL(), "{set}", c.setSQL(), "{kept}", c.keptSQL(),
 		"{$1}", c.dollar(1), "{$2}", c.dollar(2), "{$3}", c.dollar(3), "{$4}", c.dollar(4), "{$5}", c.dollar(5), "{$6}", c.dollar(6),
 		"{after1}", "$"+strconv.Itoa(n+1), "{after2}", "$"+strconv.Itoa(n+2), "{after3}", "$"+strconv.Itoa(n+3), "{texts}", c.textsSQL(), "{behind}", c.behindSQL(), "{named}", c.namedSQL(),
 		"{first}", quoted(c.Keys[0]), "{columns}", c.columnsSQL(), "{key}", c.keySQL("r"), "{joins}", c.joinsSQL("r"), "{updated}", c.updatedSQL(),
@@ -308,6 +309,7 @@ func (c *column) compose() {
 	c.page = word.Replace(columnPageSQL)
 	c.walk = word.Replace(strings.NewReplacer("{begin}", "{behind} AND", "{route}", "{after1}", "{scope}", "{after2}", "{limit}", "{after3}").Replace(columnWalkSQL))
 	c.begin = word.Replace(strings.NewReplacer("{begin}", "", "{route}", "$1", "{scope}", "$2", "{limit}", "$3").Replace(columnWalkSQL))
+	c.sample = word.Replace(columnSampleSQL)
 	c.forget = word.Replace(columnForgetSQL)
 	c.recent = word.Replace(columnRecentSQL)
 }
@@ -448,7 +450,9 @@ const columnLoadSQL = `
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
      fence AS MATERIALIZED (SELECT coalesce(max(g.generation), 0) AS floor FROM cacheproxy.generations g WHERE g.scope = {$2}::text)
 SELECT k.key, k.state,
-       CASE WHEN k.state = 2 AND {$3}::bool THEN convert_to(k.value::text, 'UTF8') ELSE '' END,
+       CASE WHEN k.state <> 2 OR {$3}::smallint = 0 THEN ''
+            WHEN {$3}::smallint = 2 THEN convert_to(octet_length(k.value::text)::text, 'UTF8')
+            ELSE convert_to(k.value::text, 'UTF8') END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint, -1) ELSE -1 END,
        CASE WHEN k.state = 2 THEN coalesce((extract(epoch FROM k.ends) * 1000)::bigint
                                            - floor(extract(epoch FROM k.now) * 1000)::bigint, -1) ELSE -1 END,

@@ -822,7 +822,7 @@ func TestColumnStanding(t *testing.T) {
 			INSERT INTO reports (id, analytics_cache) SELECT i, CASE WHEN i % 2 = 0 THEN '0'::jsonb END FROM generate_series(1, 3000) i`, c)
 		got, err := s.Standing(testContext(t), "legacy", 3)
 		must(t, err)
-		if fmt.Sprint(got.Keys) != "[report:2 report:4 report:6]" || got.Longest != 0 {
+		if len(got.Keys) != 3 || got.Partial || got.Longest != 0 {
 			t.Errorf("%+v", got)
 		}
 		write(t, s, lasting(put(one("report:2"), "2"), policy.ExpiresIn, 7_200_000), lasting(put(one("report:4"), "4"), policy.ExpiresAt, 1000), put(one("report:6"), "6"))

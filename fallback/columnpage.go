@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"math/rand/v2"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 
@@ -19,13 +21,17 @@ SELECT k.texts, k.state, k.state = 1 AND NOT k.empty, k.size
 FROM (SELECT e.*, {state} AS state
       FROM (SELECT r.n, {texts} AS texts, r.{value} IS NULL AS empty, {life} AS ends,
                    coalesce(m.generation, 0) AS generation, coalesce(m.dropped, true) AS dropped, fence.floor, clock.now,
-                   coalesce(pg_column_size(r.{value}), 0)::bigint AS size
+                   coalesce({size}, 0)::bigint AS size
             FROM clock, fence,
                  (SELECT {columns}, row_number() OVER (ORDER BY {order}) AS n
                   FROM {table} r WHERE {begin} {named} ORDER BY {order} LIMIT {limit}::bigint) r
             LEFT JOIN cacheproxy.meta m ON m.route = {route}::text AND m.key = {key}
             OFFSET 0) e) k
 ORDER BY k.n`
+
+// columnSampleSQL is the same for rows of blocks chosen at random, in no order; $4 is how many of a hundred.
+var columnSampleSQL = strings.NewReplacer("{begin}", "", "{route}", "$1", "{scope}", "$2", "{limit}", "$3",
+	"OVER (ORDER BY {order})", "OVER ()", " ORDER BY {order} LIMIT", " LIMIT", "{table} r WHERE", "{table} r TABLESAMPLE SYSTEM ($4::float8) WHERE").Replace(columnWalkSQL)
 
 // errPlace is a place that is none of this column's.
 var errPlace = errors.New("the place to go on from is not one of this column")
@@ -115,25 +121,44 @@ func (c *column) longest() (sql string, args []any) {
 	return "SELECT coalesce(greatest((extract(epoch FROM max(" + ends + ") - clock_timestamp()) * 1000000)::bigint, 0), 0) FROM " + from, args
 }
 
-// columnKeys are the keys of n live rows, those first that come first in the unique index; it looks at standingLooked of them at most.
-func (s *Store) columnKeys(ctx context.Context, c *column, n int) (keys []string, err error) {
-	r := policy.PageRequest{Route: c.Route, Limit: 1000}
-	for range standingLooked / r.Limit {
-		page, err := s.columnPage(ctx, c, r)
-		if err != nil {
-			return nil, err
-		}
-		for _, row := range page.Rows {
-			if row.State != policy.Live {
-				continue
-			}
-			if keys = append(keys, row.Key); len(keys) == n {
-				return keys, nil
-			}
-		}
-		if r.After = page.Next; r.After == "" {
-			break
-		}
+// columnKeys are the keys of n live rows, chosen at random among about standingLooked rows that are. partial tells that they are fewer, and that not all
+// rows were looked at.
+func (s *Store) columnKeys(ctx context.Context, c *column, n int) (keys []string, partial bool, err error) {
+	rows, err := s.columnEstimate(ctx, c)
+	if err != nil {
+		return nil, false, err
 	}
-	return keys, nil
+	percent := 100.0
+	if rows > standingLooked {
+		percent *= float64(standingLooked) / float64(rows) * 0.8 // a limit that cut much off would leave out the table's end
+	}
+	looked := 0
+	err = s.do(ctx, s.house, "look at phases", func(ctx context.Context, conn *pgx.Conn) error {
+		keys, looked = nil, 0
+		rows, err := conn.Query(ctx, c.sample, c.Route, c.scope(), standingLooked, percent)
+		if err != nil {
+			return err
+		}
+		var parts []string
+		var state int
+		var expired bool
+		var size int64
+		_, err = pgx.ForEachRow(rows, []any{&parts, &state, &expired, &size}, func() error {
+			looked++
+			if key := c.Template.Join(parts); key != "" && policy.State(state) == policy.Live {
+				keys = append(keys, key)
+			}
+			parts = nil
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	if len(keys) < n {
+		return keys, percent < 100 || looked == standingLooked, nil
+	}
+	rand.Shuffle(len(keys), func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+	return keys[:n], false, nil
 }

@@ -24,13 +24,14 @@ import (
 // above its generation. The last matters when a key moves to another route: what was fenced stays dead, and
 // the sweep, which knows only the row, agrees with the reader.
 //
-// Without $3 a value is empty, and stays where it is.
+// $3 says what of the values is wanted. With nothingOf a value is empty, and stays where it is.
 const loadSQL = `
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 SELECT e.key,
        CASE WHEN e.expires_at <= clock.now OR e.raw IS NULL AND e.value IS NULL THEN NULL
-            WHEN $3::bool THEN coalesce(e.raw, convert_to(e.value::text, 'UTF8'))
-            ELSE '' END,
+            WHEN $3::smallint = 0 THEN ''
+            WHEN $3::smallint = 2 THEN convert_to(coalesce(octet_length(e.raw), octet_length(e.value::text))::text, 'UTF8')
+            ELSE coalesce(e.raw, convert_to(e.value::text, 'UTF8')) END,
        coalesce((extract(epoch FROM e.expires_at) * 1000)::bigint, -1),
        coalesce((extract(epoch FROM e.expires_at) * 1000)::bigint
                 - floor(extract(epoch FROM clock.now) * 1000)::bigint, -1)
@@ -45,10 +46,19 @@ WHERE e.key = ANY ($1::text[])
 // one round trip, and repeats that once when a pooled connection turns out to be dead. The values belong to the
 // caller.
 func (s *Store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
-	return s.loadRows(ctx, refs, true)
+	return s.loadRows(ctx, refs, allOf)
 }
 
-func (s *Store) loadRows(ctx context.Context, refs []policy.Ref, values bool) ([]policy.Row, error) {
+// wanted is what a load answers of values.
+type wanted int16
+
+const (
+	nothingOf wanted = iota // none
+	allOf                   // their bytes
+	sizesOf                 // how many bytes they have, in digits
+)
+
+func (s *Store) loadRows(ctx context.Context, refs []policy.Ref, values wanted) ([]policy.Row, error) {
 	if len(refs) == 0 {
 		return nil, nil
 	}
@@ -87,13 +97,13 @@ type loadPart struct {
 }
 
 // queueLoad adds one statement per distinct route of refs to b.
-func (cs *columns) queueLoad(b *pgx.Batch, refs []policy.Ref, values bool) load {
+func (cs *columns) queueLoad(b *pgx.Batch, refs []policy.Ref, values wanted) load {
 	l := load{refs: refs}
 	list, of := cs.among(refs)
 	for i, c := range list {
 		if len(of[i].keys) > 0 { // the others name no row
 			l.parts = append(l.parts, loadPart{c.Route, c})
-			b.Queue(c.load, of[i].args(c.Route, c.scope(), values)...)
+			b.Queue(c.load, of[i].args(c.Route, c.scope(), int16(values))...)
 		}
 	}
 	var routes []string
@@ -109,7 +119,7 @@ func (cs *columns) queueLoad(b *pgx.Batch, refs []policy.Ref, values bool) load 
 	}
 	for _, route := range routes {
 		l.parts = append(l.parts, loadPart{route: route})
-		b.Queue(loadSQL, keys[route], route, values)
+		b.Queue(loadSQL, keys[route], route, int16(values))
 	}
 	return l
 }

@@ -3,6 +3,8 @@ package fallback
 import (
 	"context"
 	"encoding/json"
+	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
@@ -12,11 +14,11 @@ import (
 
 // pageSQL looks at the next $3 entries of a range of keys, dead ones and tombstones included: however many of those stand together, a page
 // costs what its limit says. Every row is read through the primary key; the value stays where it is, and its size is what the
-// heap says of it.
+// heap says of it (see sizeSQL).
 //
 // There is one statement for a range that ends and one for a range that does not: "$4 IS NULL OR key < $4" is no condition of an index,
 // and the last page would walk to the end of the table.
-const pageSQL = `
+var pageSQL = `
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 SELECT e.key,
        CASE WHEN e.generation < (SELECT coalesce(max(g.generation), 0)
@@ -28,9 +30,17 @@ SELECT e.key,
        e.size
 FROM clock,
      (SELECT key, generation, route, expires_at, raw IS NULL AND value IS NULL AS missing,
-             coalesce(octet_length(raw), pg_column_size(value), 0)::bigint AS size
+             coalesce(octet_length(raw), ` + sizeSQL + `, 0)::bigint AS size
       FROM cacheproxy.entries
       WHERE key >= $2::text`
+
+// sizeSQL is about how many bytes {value} has as text, by what the heap knows without a look at it: what it takes there, as often as its compression
+// can make it smaller. pglz makes one byte of 87 at most, lz4 of 255; and they do, of values that repeat themselves.
+var sizeSQL = sizeOf("value")
+
+func sizeOf(value string) string {
+	return strings.ReplaceAll(`pg_column_size({value})::bigint * CASE pg_column_compression({value}) WHEN 'pglz' THEN 87 WHEN 'lz4' THEN 255 ELSE 1 END`, "{value}", value)
+}
 
 const (
 	pageEndSQL  = ` AND key < $4::text ORDER BY key LIMIT $3::int) e ORDER BY e.key`
@@ -107,7 +117,26 @@ func behind(prefix string) string {
 
 // Look is Load without the values: those of its rows are empty.
 func (s *Store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
-	return s.loadRows(ctx, refs, false)
+	return s.loadRows(ctx, refs, nothingOf)
+}
+
+// Weigh answers how many bytes the values have that Load would return, -1 for a key that has none. It costs the server as much as Load, and nobody
+// else anything.
+func (s *Store) Weigh(ctx context.Context, refs []policy.Ref) ([]int64, error) {
+	rows, err := s.loadRows(ctx, refs, sizesOf)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]int64, len(rows))
+	for i, row := range rows {
+		out[i] = -1
+		if row.State == policy.Live {
+			if out[i], err = strconv.ParseInt(string(row.Value), 10, 64); err != nil {
+				return nil, wrap("weigh", err)
+			}
+		}
+	}
+	return out, nil
 }
 
 // estimateSQL asks the planner how many rows a range of keys has. It takes part in no plan, so that it costs the same for a table of

@@ -218,3 +218,33 @@ func TestTransfer(t *testing.T) {
 		t.Errorf("when somebody else has it: %v", err)
 	}
 }
+
+// Rows that are looked for in Redis are found among any number of others: older ones of another route, and empty ones that come first. If they are not, it is said.
+func TestStandingFindsRows(t *testing.T) {
+	s := open(t)
+	s.exec(t, `INSERT INTO cacheproxy.entries (key, value, route, generation, updated_at) SELECT 'b' || i, '1', 'b', 0, now() - interval '1 h' FROM generate_series(1, 20000) i`)
+	s.exec(t, `INSERT INTO cacheproxy.entries (key, value, route, generation, updated_at) SELECT 'a' || i, '1', 'a', 0, now() FROM generate_series(1, 1000) i`)
+	for n, want := range map[int]int{500: 500, 5000: 1000} {
+		if got, err := s.Standing(testContext(t), "a", n); err != nil || len(got.Keys) != want || got.Partial || got.Keys[0][0] != 'a' {
+			t.Errorf("%d keys of the route asked for: %d, partial %v, %v", n, len(got.Keys), got.Partial, err)
+		}
+	}
+	s.exec(t, `INSERT INTO cacheproxy.entries (key, route, generation, updated_at) SELECT 'c' || i, 'a', 0, now() FROM generate_series(1, 40000) i`)
+	if got, err := s.Standing(testContext(t), "a", 5000); err != nil || !got.Partial {
+		t.Errorf("%d keys, partial %v, %v", len(got.Keys), got.Partial, err)
+	}
+
+	c := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) SELECT i, CASE WHEN i > 20000 THEN '0'::jsonb END FROM generate_series(1, 30000) i; ANALYZE reports`, reports(t))
+	got, err := c.Standing(testContext(t), "legacy", 500)
+	if err != nil || len(got.Keys) != 500 || got.Partial {
+		t.Errorf("of a column: %d keys, partial %v, %v", len(got.Keys), got.Partial, err)
+	}
+	c.exec(t, `UPDATE reports SET analytics_cache = NULL WHERE id < 29990`)
+	if got, err := c.Standing(testContext(t), "legacy", 500); err != nil || len(got.Keys) > 11 || !got.Partial {
+		t.Errorf("of an empty column: %d keys, partial %v, %v", len(got.Keys), got.Partial, err)
+	}
+	c.exec(t, `DELETE FROM reports WHERE id < 29000`)
+	if got, err := c.Standing(testContext(t), "legacy", 500); err != nil || len(got.Keys) != 11 || got.Partial {
+		t.Errorf("of a small column: %d keys, partial %v, %v", len(got.Keys), got.Partial, err)
+	}
+}

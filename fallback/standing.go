@@ -11,7 +11,8 @@ const (
 	// longestLooked rows of the latest expiries are looked at for the latest of one route: the index is over all routes, and others
 	// may outlive it by far. If the route is not among them, the earliest of them bounds it.
 	longestLooked = 1000
-	// standingLooked rows, those not written for the longest time, are looked at for the keys of one route, for the same reason.
+	// standingLooked rows, those not written for the longest time, are looked at for the keys of one route, for the same reason; and as many of the
+	// route's own, if there are too few among them.
 	standingLooked = 20_000
 	// seenAgain is how old a sighting must be to be renewed: the sidecars of a fleet share one row, and need not all write it.
 	seenAgain = 2 * time.Second
@@ -45,6 +46,15 @@ WHERE l.route = $1::text AND NOT l.tombstone
   AND (l.expires_at IS NULL OR l.expires_at > clock_timestamp())
   AND l.generation >= (SELECT coalesce(max(g.generation), 0) FROM cacheproxy.generations g WHERE g.scope IN ('', $1::text))
 LIMIT $2::bigint`
+	// Through the index that the sweep has (with the ORDER BY that makes the planner use it): whatever others the table has are not looked at.
+	routeKeysSQL = `
+WITH l AS MATERIALIZED (
+    SELECT e.key, e.expires_at, e.value IS NULL AND e.raw IS NULL AS tombstone
+    FROM cacheproxy.entries e
+    WHERE e.route = $1::text AND e.generation >= (SELECT coalesce(max(g.generation), 0) FROM cacheproxy.generations g WHERE g.scope IN ('', $1::text))
+    ORDER BY e.generation LIMIT $3::bigint)
+SELECT (SELECT count(*) FROM l) < $3::bigint,
+       ARRAY(SELECT l.key FROM l WHERE NOT l.tombstone AND (l.expires_at IS NULL OR l.expires_at > clock_timestamp()) LIMIT $2::bigint)`
 )
 
 // Seen records that routes[i] is still served in phases[i]. A phase that was forgotten is registered again: whoever serves in it may
@@ -62,8 +72,10 @@ type Standing struct {
 	// Longest is the longest life that a row of the route has left, or more than that where many rows of other routes live
 	// longer; 0 if none has an end.
 	Longest time.Duration
-	// Keys are of live rows, those first that have not been written for the longest time.
+	// Keys are of live rows: those first that have not been written for the longest time, or of a column some at random.
 	Keys []string
+	// Partial: there are fewer of them than were asked for, and more may be among the rows that were not looked at.
+	Partial bool
 }
 
 // PhaseSeen is a phase in which a route was served: how long ago that was first recorded, and last.
@@ -114,10 +126,26 @@ func (s *Store) Standing(ctx context.Context, route string, rows int) (Standing,
 				return err
 			})
 		}
-		return c.SendBatch(ctx, &b).Close()
+		if err := c.SendBatch(ctx, &b).Close(); err != nil || column != nil || len(out.Keys) >= rows {
+			return err
+		}
+		var all bool
+		var more []string
+		err := c.QueryRow(ctx, routeKeysSQL, route, rows, standingLooked).Scan(&all, &more)
+		oldest := make(map[string]bool, len(out.Keys))
+		for _, key := range out.Keys {
+			oldest[key] = true
+		}
+		for _, key := range more {
+			if len(out.Keys) < rows && !oldest[key] {
+				out.Keys = append(out.Keys, key)
+			}
+		}
+		out.Partial = !all && len(out.Keys) < rows
+		return err
 	})
 	if err == nil && rows > 0 && column != nil && column.checked.Load() {
-		out.Keys, err = s.columnKeys(ctx, column, rows)
+		out.Keys, out.Partial, err = s.columnKeys(ctx, column, rows)
 	}
 	if err != nil {
 		return Standing{}, err

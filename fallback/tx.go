@@ -164,7 +164,11 @@ func (t *Tx) begin(ctx context.Context, values bool) error {
 	}
 	locks := b.Len()
 	b.Queue(numberSQL)
-	l := t.cs.queueLoad(&b, t.refs, values)
+	what := nothingOf
+	if values {
+		what = allOf
+	}
+	l := t.cs.queueLoad(&b, t.refs, what)
 
 	br := conn.SendBatch(ctx, &b)
 	err = func() error {

@@ -33,6 +33,8 @@ type Evidence struct {
 	// Sampled are rows that were looked for in Redis just now, Missing those that it lacks.
 	Sampled int `json:"rows_sampled"`
 	Missing int `json:"rows_missing"`
+	// Unseen: fewer rows were found than are looked for, and there may be more.
+	Unseen bool `json:"rows_unseen,omitempty"`
 	// MaxMemory and Eviction are Redis's maxmemory (0: no limit) and maxmemory-policy; "" is not known.
 	MaxMemory int64  `json:"maxmemory"`
 	Eviction  string `json:"maxmemory_policy"`
@@ -252,6 +254,10 @@ func (j *judge) copies() {
 	if e.Differences > 0 {
 		j.add(DoubtDifferences, fmt.Sprintf("of %d hits that were compared, %d had another copy in Postgres", e.Compared, e.Differences), j.command("verify")+" --repair")
 	}
+	if e.MaxMemory > 0 && Evicts(e.Eviction) {
+		j.add(DoubtEviction, "Redis evicts with "+e.Eviction+" also what it is then the only holder of",
+			"weigh it: noeviction keeps all, and refuses writes when the memory is full; volatile-lru keeps what has no TTL, and evicts what has one; if the application can make any value again, go on with --force")
+	}
 	if !j.leavesStore() {
 		return
 	}
@@ -259,9 +265,9 @@ func (j *judge) copies() {
 		j.add(DoubtRows, fmt.Sprintf("of %d rows that were looked for, Redis lacks %d; in %s they would not be found", e.Sampled, e.Missing, j.to),
 			"copy the store into Redis: "+j.command("migrate")+", then "+j.command("verify"))
 	}
-	if e.MaxMemory > 0 && Evicts(e.Eviction) {
-		j.add(DoubtEviction, "Redis evicts with "+e.Eviction+" what it is then the only holder of",
-			"set maxmemory-policy to volatile-lru or noeviction; if the application can make any value again, go on with --force")
+	if e.Unseen {
+		j.add(DoubtUnknown, fmt.Sprintf("only %d live rows were found among those looked at, and whether Redis has the others could not be found out", e.Sampled),
+			"look at all: "+j.command("verify")+" --complete; if it finds no difference, go on with --force")
 	}
 }
 

@@ -90,7 +90,7 @@ type PageRow struct {
 	Key     string
 	State   State // a row of a dead generation is Absent, one that has expired a Tombstone
 	Expired bool  // with Tombstone: it has expired, and was not deleted
-	// Size is what the value takes, in bytes: compressed where the store keeps it so, and then less than the value itself.
+	// Size is about how many bytes the value has when it is read; of one that is kept compressed, the most that there can be in it.
 	Size int64
 }
 

@@ -116,7 +116,7 @@ func TestColumnRowThatComesLaterIsCopied(t *testing.T) {
 	w.raw.want("(nil)", "GET", "report:1")
 	w.raw.want("5", "GET", "report:21")
 	w.raw.want("1", "GET", "report:99")
-	done, err = link.Copy(context.Background(), keys, nil, false)
+	done, err = link.Copy(context.Background(), keys, nil)
 	wantFates(t, done, err, "deleted", "copied", "no row to hold it")
 	if got := w.inColumn(21); got != "5" {
 		t.Errorf("the column holds %s", got)

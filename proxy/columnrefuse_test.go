@@ -101,7 +101,7 @@ func TestColumnTableRefusesWhatRedisHas(t *testing.T) {
 	c.want("+OK", "MSET", "report:14", "1", "report:1", "1")
 	c.want("[1 1]", "MGET", "report:14", "report:1")
 	link := w.columnPeer()
-	done, err := link.Copy(t.Context(), []policy.Ref{{Route: "legacy", Key: "report:15"}, {Route: "legacy", Key: "report:13"}}, nil, false)
+	done, err := link.Copy(t.Context(), []policy.Ref{{Route: "legacy", Key: "report:15"}, {Route: "legacy", Key: "report:13"}}, nil)
 	wantFates(t, done, err, "refused by the table", "deleted")
 	c.want("13", "GET", "report:15")
 	w.journalEmpty()

@@ -159,7 +159,7 @@ func transferKeys(peer *proxy.Peer, rng *rand.Rand, stop <-chan struct{}) {
 			keys = slices.Compact(keys)
 			switch rng.IntN(5) {
 			case 0:
-				_, err = link.Copy(ctx, refs(keys...), nil, false)
+				_, err = link.Copy(ctx, refs(keys...), nil)
 			case 1:
 				_, err = link.PreferStore(ctx, refs(keys...))
 			default:

@@ -18,11 +18,15 @@ type PeerStore interface {
 	Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error)
 	// Look is Load for a caller that needs no values: those of its rows are empty.
 	Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error)
+	// Weigh tells how many bytes the values have that Load would return, -1 for a key that has none.
+	Weigh(ctx context.Context, refs []policy.Ref) ([]int64, error)
 	Lock(ctx context.Context, refs []policy.Ref) (Tx, error)
 	Poll(ctx context.Context, after int64) (StorePoll, error)
 	Lift(ctx context.Context, above int64) (lifted bool, err error)
 	BadData(err error) bool
 	Rejected(err error) bool
+	// JSON tells whether a value can be stored where nothing but JSON can.
+	JSON(value []byte) bool
 }
 
 // Peer keeps the protocols for a process that serves no clients: what copies one store into the other, or compares them, while sidecars serve
@@ -263,9 +267,10 @@ const (
 	Remembered             // readers remember for negative_ttl that both stores lack it
 	Repaired               // the copies differed, and do not any more
 	Refused                // a constraint or a trigger of the table refuses the value
+	Late                   // reading the rows took longer than their leases lasted: ask for fewer, or with time
 )
 
-var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "remembered as absent", "repaired", "refused by the table"}
+var fateWords = [...]string{"promoted", "copied", "already there", "other type", "marked", "busy", "gone", "deleted", "too large", "not JSON", "no row to hold it", "remembered as absent", "repaired", "refused by the table", "too slow to read"}
 
 func (f Fate) String() string { return fateWords[f] }
 
@@ -275,15 +280,29 @@ type Done struct {
 	Size int
 }
 
-// peerLeaseMS is how long a Peer's lease of an absent key lasts. Its loads are larger than a reader's, and the database may be slow under them; whoever needs the key
-// waits 100 ms at most and answers from the store. Longer would keep keys from being promoted after a crash of this process.
-const peerLeaseMS = "2000"
+const (
+	// peerLease is how long a Peer's lease of an absent key lasts. Its loads are larger than a reader's, and the database may be slow under them; whoever needs the key
+	// waits 100 ms at most and answers from the store. Longer would keep keys from being promoted after a crash of this process.
+	peerLease = 2 * time.Second
+	// PatientLease is that of a key whose row alone took longer to read: longer than any question to the store is waited for.
+	PatientLease = time.Minute
+)
 
 // Promote copies rows into Redis as a reader does that misses: see "A read" in docs/consistency.md. Nothing that Redis has is touched. sent, if it is not nil, remembers
 // which keys were handed over before an error, so that they count as promoted when they are there the next time.
 func (c *PeerLink) Promote(ctx context.Context, refs []policy.Ref, sent map[string]bool) ([]Done, error) {
+	return c.promote(ctx, refs, sent, peerLease)
+}
+
+// PromoteSlow is Promote for a key that was Late, and waits as long as it takes.
+func (c *PeerLink) PromoteSlow(ctx context.Context, ref policy.Ref, sent map[string]bool) ([]Done, error) {
+	return c.promote(ctx, []policy.Ref{ref}, sent, PatientLease)
+}
+
+func (c *PeerLink) promote(ctx context.Context, refs []policy.Ref, sent map[string]bool, lease time.Duration) ([]Done, error) {
 	token := "r" + c.p.id + strconv.FormatUint(c.p.seq.Add(1), 36)
-	rs, err := c.script(ctx, scriptGrant, keysOfRefs(refs), token, peerLeaseMS, "1")
+	ends := time.Now().Add(lease) // none of them ends before
+	rs, err := c.script(ctx, scriptGrant, keysOfRefs(refs), token, strconv.FormatInt(lease.Milliseconds(), 10), "1")
 	if err != nil {
 		return nil, err
 	}
@@ -311,11 +330,11 @@ func (c *PeerLink) Promote(ctx context.Context, refs []policy.Ref, sent map[stri
 	if len(mine) == 0 {
 		return out, nil
 	}
-	return out, c.promoteGranted(ctx, refs, mine, token, sent, out)
+	return out, c.promoteGranted(ctx, refs, mine, token, ends, sent, out)
 }
 
-// promoteGranted reads the rows under leases that are ours, and promotes them.
-func (c *PeerLink) promoteGranted(ctx context.Context, refs []policy.Ref, mine []int, token string, sent map[string]bool, out []Done) error {
+// promoteGranted reads the rows under leases that are ours until they end, and promotes them.
+func (c *PeerLink) promoteGranted(ctx context.Context, refs []policy.Ref, mine []int, token string, ends time.Time, sent map[string]bool, out []Done) error {
 	asked := make([]policy.Ref, len(mine))
 	for j, i := range mine {
 		asked[j] = refs[i]
@@ -361,9 +380,13 @@ func (c *PeerLink) promoteGranted(ctx context.Context, refs []policy.Ref, mine [
 	if err != nil {
 		return err
 	}
+	refused := Busy
+	if !time.Now().Before(ends) {
+		refused = Late
+	}
 	for j, i := range live {
 		if rs[j].code != keyDone {
-			out[i] = Done{Fate: Busy}
+			out[i] = Done{Fate: refused}
 		}
 	}
 	return nil
@@ -387,18 +410,30 @@ func keysOfRefs(refs []policy.Ref) []string {
 	return keys
 }
 
+// Weigh tells how many bytes the values of rows have, -1 for a key that has none.
+func (c *PeerLink) Weigh(ctx context.Context, refs []policy.Ref) ([]int64, error) {
+	begun := time.Now()
+	defer func() {
+		c.spent.Store += time.Since(begun)
+		c.spent.Loads++
+	}()
+	return c.p.store.Weigh(ctx, refs)
+}
+
 // Peek tells what Promote would do with keys that have a live row, and changes nothing anywhere, not even what scripts Redis remembers.
-func (c *PeerLink) Peek(ctx context.Context, keys []string) ([]Fate, error) {
-	cmds := make([][]string, 0, 2*len(keys))
-	for _, k := range keys {
-		cmds = append(cmds, []string{"TYPE", k}, []string{"HEXISTS", journalName, k})
+func (c *PeerLink) Peek(ctx context.Context, refs []policy.Ref) ([]Done, error) {
+	cmds := make([][]string, 0, 2*len(refs))
+	for _, ref := range refs {
+		cmds = append(cmds, []string{"TYPE", ref.Key}, []string{"HEXISTS", journalName, ref.Key})
 	}
 	frames, err := c.pipeline(ctx, cmds)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]Fate, len(keys))
-	for i := range keys {
+	out := make([]Done, len(refs))
+	var absent []int
+	var asked []policy.Ref
+	for i := range refs {
 		for _, f := range frames[2*i : 2*i+2] {
 			if err := errorOf(f); err != nil {
 				return nil, err
@@ -408,13 +443,30 @@ func (c *PeerLink) Peek(ctx context.Context, keys []string) ([]Fate, error) {
 		marked, _ := parseInt(frames[2*i+1])
 		switch {
 		case string(kind) == "string":
-			out[i] = There
+			out[i].Fate = There
 		case string(kind) != "none":
-			out[i] = OtherType
+			out[i].Fate = OtherType
 		case marked == 1:
-			out[i] = Marked
+			out[i].Fate = Marked
 		default:
-			out[i] = Promoted
+			absent, asked = append(absent, i), append(asked, refs[i])
+		}
+	}
+	if len(absent) == 0 {
+		return out, nil
+	}
+	sizes, err := c.Weigh(ctx, asked)
+	if err != nil {
+		return nil, err
+	}
+	for j, i := range absent {
+		switch n := sizes[j]; {
+		case n < 0:
+			out[i].Fate = Gone
+		case n > int64(c.p.max):
+			out[i] = Done{TooLarge, int(n)}
+		default:
+			out[i] = Done{Promoted, int(n)}
 		}
 	}
 	return out, nil
@@ -463,15 +515,13 @@ func (c *PeerLink) lengths(ctx context.Context, keys []string) ([]int64, error) 
 	return out, nil
 }
 
-// Copy copies what only Redis has into the store, as a write does that finds no row but a value (step 2 in docs/consistency.md): under the
-// key locks, and only if the key is not marked. Nothing changes in Redis. dry only tells what would be done.
-func (c *PeerLink) Copy(ctx context.Context, refs []policy.Ref, sent map[string]bool, dry bool) ([]Done, error) {
+// lacking tells which of keys the store lacks, by their place, and what is known of the others.
+func (c *PeerLink) lacking(ctx context.Context, refs []policy.Ref, sent map[string]bool) (out []Done, absent []int, err error) {
 	rows, err := c.p.store.Look(ctx, refs)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	out := make([]Done, len(refs))
-	var absent []int
+	out = make([]Done, len(refs))
 	for i, row := range rows {
 		switch row.State {
 		case policy.Absent:
@@ -487,8 +537,93 @@ func (c *PeerLink) Copy(ctx context.Context, refs []policy.Ref, sent map[string]
 			out[i].Fate = NoPlace
 		}
 	}
-	if len(absent) == 0 {
-		return out, nil
+	return out, absent, nil
+}
+
+// PeekCopy tells what Copy would do, and changes nothing anywhere. json says that the store keeps nothing but JSON.
+func (c *PeerLink) PeekCopy(ctx context.Context, refs []policy.Ref, json bool) ([]Done, error) {
+	out, absent, err := c.lacking(ctx, refs, nil)
+	if err != nil || len(absent) == 0 {
+		return out, err
+	}
+	cmds := make([][]string, 0, 3*len(absent))
+	for _, i := range absent {
+		cmds = append(cmds, []string{"TYPE", refs[i].Key}, []string{"HEXISTS", journalName, refs[i].Key}, []string{"STRLEN", refs[i].Key})
+	}
+	frames, err := c.pipeline(ctx, cmds)
+	if err != nil {
+		return nil, err
+	}
+	for j, i := range absent {
+		kind, _ := bulk(frames[3*j])
+		marked, _ := parseInt(frames[3*j+1])
+		size, _ := parseInt(frames[3*j+2])
+		switch {
+		case errorOf(frames[3*j]) != nil:
+			return nil, errorOf(frames[3*j])
+		case marked == 1:
+			out[i].Fate = Marked
+		case string(kind) == "none":
+			out[i].Fate = Gone
+		case string(kind) != "string":
+			out[i].Fate = OtherType
+		case size > int64(c.p.max):
+			out[i] = Done{TooLarge, int(size)}
+		default:
+			out[i] = Done{Copied, int(size)}
+		}
+	}
+	if json {
+		return out, c.peekJSON(ctx, refs, absent, out)
+	}
+	return out, nil
+}
+
+// peekJSON reads the values that Copy would copy, and tells which of them a store would refuse that keeps nothing but JSON.
+func (c *PeerLink) peekJSON(ctx context.Context, refs []policy.Ref, absent []int, out []Done) error {
+	for len(absent) > 0 {
+		var cmds [][]string
+		n, weight := 0, 0
+		for ; n < len(absent); n++ {
+			d := out[absent[n]]
+			if weight += d.Size; d.Fate == Copied && len(cmds) > 0 && weight > repairBytes {
+				break
+			}
+			if d.Fate == Copied {
+				cmds = append(cmds, []string{"GET", refs[absent[n]].Key})
+			}
+		}
+		if len(cmds) == 0 {
+			return nil // none is left
+		}
+		frames, err := c.pipeline(ctx, cmds)
+		if err != nil {
+			return err
+		}
+		for _, i := range absent[:n] {
+			if out[i].Fate != Copied {
+				continue
+			}
+			value, ok := bulk(frames[0])
+			switch {
+			case !ok: // gone, or another type by now
+				out[i] = Done{Fate: Gone}
+			case !c.p.store.JSON(value):
+				out[i] = Done{Fate: NotJSON}
+			}
+			frames = frames[1:]
+		}
+		absent = absent[n:]
+	}
+	return nil
+}
+
+// Copy copies what only Redis has into the store, as a write does that finds no row but a value (step 2 in docs/consistency.md): under the
+// key locks, and only if the key is not marked. Nothing changes in Redis.
+func (c *PeerLink) Copy(ctx context.Context, refs []policy.Ref, sent map[string]bool) ([]Done, error) {
+	out, absent, err := c.lacking(ctx, refs, sent)
+	if err != nil || len(absent) == 0 {
+		return out, err
 	}
 	keys := make([]string, len(absent))
 	for j, i := range absent {
@@ -508,9 +643,6 @@ func (c *PeerLink) Copy(ctx context.Context, refs []policy.Ref, sent map[string]
 		switch {
 		case sizes[j] > int64(c.p.max):
 			out[i] = Done{TooLarge, int(sizes[j])}
-			continue
-		case dry:
-			out[i] = Done{Copied, int(sizes[j])}
 			continue
 		case weight > 0 && weight+sizes[j] > repairBytes, len(part) == maxRepair:
 			if err := flush(); err != nil {
@@ -655,8 +787,22 @@ func (c *PeerLink) Pending(ctx context.Context) (map[string]bool, error) {
 	}
 }
 
-// Compare reads both copies of keys and changes nothing.
+// compareBytes of Redis's values are read at once by Compare; a larger one alone.
+const compareBytes = repairBytes
+
+// Compare reads both copies of the first of keys, of as many as Redis's values allow, and changes nothing.
 func (c *PeerLink) Compare(ctx context.Context, refs []policy.Ref) ([]Pair, error) {
+	sizes, err := c.lengths(ctx, keysOfRefs(refs))
+	if err != nil {
+		return nil, err
+	}
+	weight := int64(0)
+	for i, n := range sizes {
+		if weight += n; i > 0 && weight > compareBytes {
+			refs = refs[:i]
+			break
+		}
+	}
 	rs, err := c.script(ctx, scriptRead, keysOfRefs(refs), "0")
 	if err != nil {
 		return nil, err

@@ -131,11 +131,11 @@ func TestPromote(t *testing.T) {
 	w.raw.want("+OK", "SET", "cacheproxy:lease:k:{negative}", "0:9999999999999:n", "PX", "60000")
 	keys := []string{"json", "raw", "ttl", "expired", "deleted", "there", "hash", "marked", "large", "held", "no row", "negative"}
 
-	peek, err := link.Peek(ctx, keys)
+	peek, err := link.Peek(ctx, refs(keys...))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := fmt.Sprint(peek[0], peek[5], peek[6], peek[7]); got != "promoted already there other type marked" {
+	if got := fmt.Sprint(fates(peek)); got != "[promoted promoted promoted gone gone already there other type marked too large promoted gone promoted]" {
 		t.Errorf("peek: %s", got)
 	}
 	w.raw.want(":5", "DBSIZE") // there, hash, journal, two leases: nothing was touched
@@ -224,7 +224,7 @@ func TestCopy(t *testing.T) {
 	w.raw.want(":1", "HSET", "hash", "f", "v")
 	w.raw.want(":1", "HSET", "cacheproxy:journal", "marked", "v1")
 	keys := []string{"plain", "there", "deleted", "marked", "bytes", "ttl", "large", "hash", "soon gone"}
-	dry, err := link.Copy(ctx, refs(keys...), nil, true)
+	dry, err := link.PeekCopy(ctx, refs(keys...), false)
 	if err != nil || dry[0].Fate != proxy.Copied || dry[1].Fate != proxy.There || dry[6].Fate != proxy.TooLarge {
 		t.Errorf("dry: %q, %v", fates(dry), err)
 	}
@@ -232,7 +232,7 @@ func TestCopy(t *testing.T) {
 		t.Errorf("a dry run has left %s rows", got)
 	}
 	store.locked = func() { w.raw.want(":1", "DEL", "soon gone") }
-	done, err := link.Copy(ctx, refs(keys...), nil, false)
+	done, err := link.Copy(ctx, refs(keys...), nil)
 	store.locked = nil
 	wantFates(t, done, err, "copied", "already there", "deleted", "marked", "copied", "copied", "too large", "other type", "gone")
 	if got := w.sql("SELECT value::text FROM cacheproxy.entries WHERE key = 'plain'"); got != "7" {
@@ -279,7 +279,7 @@ func TestCopyBesideWriters(t *testing.T) {
 				}
 			}()
 			for range 20 {
-				if _, err := link.Copy(context.Background(), refs(keys...), nil, false); err != nil {
+				if _, err := link.Copy(context.Background(), refs(keys...), nil); err != nil {
 					t.Error(err)
 				}
 			}
@@ -417,7 +417,7 @@ func TestPeerLinkBreaks(t *testing.T) {
 		t.Fatal(err)
 	}
 	go func() { time.Sleep(10 * time.Millisecond); cancel() }()
-	if _, err := link.Peek(ctx, []string{"k"}); ctx.Err() == nil || err == nil {
+	if _, err := link.Peek(ctx, refs("k")); ctx.Err() == nil || err == nil {
 		t.Errorf("a question that was given up: %v", err)
 	}
 	if err := w.redis.Resume(); err != nil {

@@ -263,7 +263,7 @@ func (e *engine) standing(ctx context.Context, r *policy.Route, info map[string]
 
 // reckon takes over what the store knows. A phase that this version does not know is some later one's, and left out.
 func (e *engine) reckon(ev *policy.Evidence, known StoreStanding) {
-	ev.LongestLife = known.Longest
+	ev.LongestLife, ev.Unseen = known.Longest, known.Partial
 	var all []policy.Sighting
 	for _, p := range known.Phases {
 		phase, err := policy.ParsePhase(p.Phase)

@@ -88,7 +88,8 @@ type StorePoll struct {
 type StoreStanding struct {
 	Phases  []PhaseSeen
 	Longest time.Duration // the longest life that a row of the route has left, as an upper bound; 0: none has an end
-	Keys    []string      // of rows that have not been written for the longest time
+	Keys    []string      // of live rows, as many as were asked for
+	Partial bool          // they are fewer, and there may be more among rows that were not looked at
 }
 
 // PhaseSeen is a phase in which a route has been served: how long ago that was first said, and last.

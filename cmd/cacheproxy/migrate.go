@@ -77,7 +77,13 @@ func (c *cli) migrate(ctx context.Context, shared *transferFlags, opt transfer.O
 			return err
 		}
 	}
+	gave, hopeless := errors.AsType[*transfer.Unreachable](err)
+	unsaved, lost := errors.AsType[*transfer.Unsaved](err)
 	switch {
+	case errors.Is(err, transfer.ErrInterrupted) && lost:
+		return &failure{exitInterrupted, fmt.Errorf("interrupted: %w", unsaved)}
+	case hopeless && lost:
+		return &failure{exitUnreachable, fmt.Errorf("%w: %w", gave, unsaved)}
 	case errors.Is(err, transfer.ErrInterrupted) && !opt.DryRun:
 		fmt.Fprintln(c.stderr, "cacheproxy: interrupted; the same command with --resume goes on")
 		return &failure{code: exitInterrupted}

@@ -23,6 +23,10 @@ func (b store) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error
 	return b.s.Look(ctx, refs)
 }
 
+func (b store) Weigh(ctx context.Context, refs []policy.Ref) ([]int64, error) {
+	return b.s.Weigh(ctx, refs)
+}
+
 func (b store) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
 	return b.s.Load(ctx, refs)
 }
@@ -64,7 +68,7 @@ func (b store) Seen(ctx context.Context, routes, phases []string) error {
 
 func (b store) Standing(ctx context.Context, route string, rows int) (proxy.StoreStanding, error) {
 	s, err := b.s.Standing(ctx, route, rows)
-	out := proxy.StoreStanding{Longest: s.Longest, Keys: s.Keys}
+	out := proxy.StoreStanding{Longest: s.Longest, Keys: s.Keys, Partial: s.Partial}
 	for _, p := range s.Phases {
 		out.Phases = append(out.Phases, proxy.PhaseSeen(p))
 	}

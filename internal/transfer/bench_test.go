@@ -16,6 +16,7 @@ import (
 	"cacheproxy/policy"
 	"cacheproxy/proxy"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -24,10 +25,12 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 // lab is two stores and a route between them.
 type lab struct {
 	db     *fallback.Store
+	seen   *seen
 	redis  *redis.Client
 	stores transfer.Stores
 	router *policy.Router
 	route  *policy.Route
+	conn   *pgx.Conn
 }
 
 func newLab(t testing.TB, redisURL string, phase policy.Phase) *lab {
@@ -40,14 +43,19 @@ func newLab(t testing.TB, redisURL string, phase policy.Phase) *lab {
 			t.Fatal(err)
 		}
 	}
-	x.db, err = fallback.New(fallback.Config{URL: testenv.Postgres(t), QueryTimeout: time.Minute, MaxReads: 8, MaxWrites: 8})
+	url := testenv.Postgres(t)
+	x.db, err = fallback.New(fallback.Config{URL: url, QueryTimeout: time.Minute, MaxReads: 8, MaxWrites: 8})
 	fail()
 	t.Cleanup(x.db.Close)
 	err = x.db.EnsureSchema(context.Background())
 	fail()
+	x.conn, err = pgx.Connect(context.Background(), url)
+	fail()
+	t.Cleanup(func() { x.conn.Close(context.Background()) })
+	x.seen = &seen{PeerStore: bridge.Peer(x.db)}
 	peer, err := proxy.NewPeer(proxy.PeerConfig{
 		Redis: proxy.RedisConfig{URL: redisURL, Timeout: time.Minute, DialTimeout: time.Minute}, MaxValue: 1 << 20, Instance: "lab",
-	}, bridge.Peer(x.db))
+	}, x.seen)
 	fail()
 	x.stores = transfer.Stores{Peer: peer, Rows: x.db, Trouble: func(error) string { return "" }, Taken: func(error) bool { return false }}
 	x.router, err = policy.NewRouter([]policy.Route{{Name: "all", Match: "*", Phase: phase}})
@@ -93,6 +101,13 @@ func (x *lab) fill(t testing.TB, n int) {
 func (x *lab) options() transfer.Options {
 	return transfer.Options{
 		Route: x.route, Router: x.router, Workers: 4, MaxValue: 1 << 20, Patience: time.Minute,
+		Progress: transfer.NewProgress(io.Discard, nil),
+	}
+}
+
+func (x *lab) verifyOptions() transfer.VerifyOptions {
+	return transfer.VerifyOptions{
+		Route: x.route, Router: x.router, Share: 1, Rounds: 2, Pause: time.Millisecond, Exact: true, Workers: 4, Patience: time.Minute,
 		Progress: transfer.NewProgress(io.Discard, nil),
 	}
 }

@@ -2,6 +2,8 @@ package transfer
 
 import (
 	"context"
+	"math/bits"
+	"strconv"
 
 	"cacheproxy/policy"
 	"cacheproxy/proxy"
@@ -15,6 +17,8 @@ const (
 	batchKeys = 256
 	// batchBytes bounds what a batch holds in memory, and what one script hands to Redis, unless one value is larger.
 	batchBytes = 4 << 20
+	// unknownSize stands for that of a value that nobody has looked at.
+	unknownSize = batchBytes / 16
 )
 
 // found is a part of a walk: keys, in the order of the walk, and where it goes on.
@@ -22,13 +26,14 @@ type found struct {
 	rows  []policy.PageRow
 	after string
 	last  bool
+	share float64 // of the walk that lies behind it; 0: not known
 }
 
 // feed is a walk over the keys of a route.
 type feed interface {
 	// next returns the part behind after; "" begins.
 	next(ctx context.Context, after string) (found, error)
-	// total is about how much there is to look at; what next returns in all may be more.
+	// total is about how much there is to look at; what next returns in all may be more. found.expected knows better on the way.
 	total(ctx context.Context) (int64, error)
 	close()
 }
@@ -117,10 +122,31 @@ func (f *scanFeed) next(ctx context.Context, after string) (found, error) {
 		}
 		after = next
 		if after == "0" || len(out.rows) >= scanPart || ctx.Err() != nil {
-			out.after, out.last = after, after == "0"
+			out.after, out.last, out.share = after, after == "0", walkedShare(after)
 			return out, nil
 		}
 	}
+}
+
+// walkedShare is how much of a scan lies behind a cursor. Redis counts in the cursor's bits from the highest to the lowest, whatever the
+// size of its table is: as a fraction they are the share of the table that it has gone through.
+func walkedShare(cursor string) float64 {
+	n, err := strconv.ParseUint(cursor, 10, 64)
+	switch {
+	case err != nil:
+		return 0
+	case n == 0:
+		return 1
+	}
+	return float64(bits.Reverse64(n)) / (1 << 64)
+}
+
+// expected is about how many keys a walk finds that has found so many until here; total is what else is known.
+func (f *found) expected(keys, total int64) int64 {
+	if f.share > 0 {
+		return int64(float64(keys) / f.share)
+	}
+	return total
 }
 
 func (f *scanFeed) total(ctx context.Context) (int64, error) {

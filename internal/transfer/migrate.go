@@ -58,14 +58,21 @@ type checkpoint struct {
 	After  string   `json:"after"`
 	Walked bool     `json:"walked"` // there is nothing behind After
 	Later  []string `json:"later"`
+	Sizes  []int64  `json:"sizes"` // of Later's values, about
 	Report Report   `json:"report"`
 }
 
 // batch is some keys that go through the protocol together.
 type batch struct {
 	refs  []policy.Ref
+	sizes []int64 // about how many bytes their values have
 	sent  map[string]bool
 	tries int
+	slow  bool // of one key that takes longer to read than a lease lasts
+}
+
+func (b *batch) add(route, key string, size int64) {
+	b.refs, b.sizes = append(b.refs, policy.Ref{Route: route, Key: key}), append(b.sizes, size)
 }
 
 // migration is one run.
@@ -82,18 +89,36 @@ type migration struct {
 	open   sync.WaitGroup // batches that are not done
 
 	mu      sync.Mutex
-	after   string          // guarded by mu: where the walk goes on; what lies before it is done, in under, or in later
-	walked  bool            // guarded by mu: there is nothing behind after
-	under   map[*batch]bool // guarded by mu: under way
-	later   map[string]bool // guarded by mu: keys that somebody was at
-	report  Report          // guarded by mu
-	looked  int64           // guarded by mu: keys that are done, for the progress
-	known   map[string]bool // guarded by mu: which processes of Redis have been met
-	earlier time.Duration   // what earlier runs took
+	after   string           // guarded by mu: where the walk goes on; what lies before it is done, in under, or in later
+	walked  bool             // guarded by mu: there is nothing behind after
+	under   map[*batch]bool  // guarded by mu: under way
+	later   map[string]int64 // guarded by mu: keys that somebody was at, and about how large their values are
+	report  Report           // guarded by mu
+	looked  int64            // guarded by mu: keys that are done, for the progress
+	known   map[string]bool  // guarded by mu: which processes of Redis have been met
+	earlier time.Duration    // what earlier runs took
 	begun   time.Time
-	total   int64
-	runID   string // of Redis, at the beginning
+	total   int64     // guarded by mu once it runs: about how many keys there are
+	saved   time.Time // guarded by mu: when the checkpoint that stands was written; zero: there is none
+	runID   string    // of Redis, at the beginning
 }
+
+// Unsaved tells beside another error that the checkpoint could not be written.
+type Unsaved struct {
+	Err error
+	// Before is when the one before it was written, which stands; zero: there is none.
+	Before time.Time
+}
+
+func (e *Unsaved) Error() string {
+	stands := "there is none before it: the next run begins at the beginning"
+	if !e.Before.IsZero() {
+		stands = "the one of " + e.Before.Local().Format(time.DateTime) + " stands, and --resume goes on from there"
+	}
+	return fmt.Sprintf("the checkpoint could not be written (%v); %s", e.Err, stands)
+}
+
+func (e *Unsaved) Unwrap() error { return e.Err }
 
 // Refusal says why a route cannot be copied now.
 type Refusal struct{ Why string }
@@ -129,7 +154,7 @@ func servedWithout(r *policy.Route, phases map[string][]string) error {
 func Migrate(ctx context.Context, stores Stores, opt Options) (Report, error) {
 	m := &migration{
 		opt: opt, stores: stores, say: opt.Progress.say, begun: time.Now(),
-		under: map[*batch]bool{}, later: map[string]bool{}, known: map[string]bool{},
+		under: map[*batch]bool{}, later: map[string]int64{}, known: map[string]bool{},
 		report: Report{Route: opt.Route.Name, Reverse: opt.Reverse, DryRun: opt.DryRun},
 		pace:   pace{rate: float64(opt.Rate)},
 		work:   make(chan *batch, opt.Workers),
@@ -239,6 +264,7 @@ func (m *migration) recall(ctx context.Context) error {
 	case !found:
 		return nil
 	case !m.opt.Resume:
+		m.saved = at
 		m.say("the checkpoint of %s is given up; --resume would have gone on from it", at.Local().Format(time.DateTime))
 		return nil
 	}
@@ -262,10 +288,16 @@ func (m *migration) recall(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.after, m.walked, m.report = c.After, c.Walked, c.Report
+	m.after, m.walked, m.report, m.saved = c.After, c.Walked, c.Report, at
+	if c.RunID != m.runID {
+		m.lost()
+	}
 	m.earlier = time.Duration(c.Report.Seconds * float64(time.Second))
-	for _, key := range c.Later {
-		m.later[key] = true
+	for i, key := range c.Later {
+		m.later[key] = unknownSize
+		if len(c.Sizes) == len(c.Later) {
+			m.later[key] = c.Sizes[i]
+		}
 	}
 	m.looked = c.Report.Rows - int64(len(c.Later))
 	return nil
@@ -283,11 +315,14 @@ func (m *migration) save(done bool) error {
 	}
 	m.mu.Lock()
 	c := checkpoint{Match: m.opt.Route.Match, Store: m.opt.Store, RunID: m.runID, After: m.after, Walked: m.walked, Report: m.report}
-	c.Later = slices.Collect(maps.Keys(m.later))
+	note := func(key string, size int64) { c.Later, c.Sizes = append(c.Later, key), append(c.Sizes, size) }
+	for key, size := range m.later {
+		note(key, size)
+	}
 	for b := range m.under {
-		for _, ref := range b.refs {
-			if !m.later[ref.Key] {
-				c.Later = append(c.Later, ref.Key)
+		for i, ref := range b.refs {
+			if _, named := m.later[ref.Key]; !named {
+				note(ref.Key, b.sizes[i])
 			}
 		}
 	}
@@ -297,9 +332,13 @@ func (m *migration) save(done bool) error {
 	if err != nil {
 		return err
 	}
-	if err := m.stores.Ledger.Write(ctx, text); err != nil {
-		return fmt.Errorf("the checkpoint could not be written: %w", err)
+	err = m.stores.Ledger.Write(ctx, text)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil {
+		return &Unsaved{err, m.saved}
 	}
+	m.saved = time.Now()
 	return nil
 }
 
@@ -320,9 +359,9 @@ func (m *migration) watch(ctx context.Context) {
 		case <-draw.C:
 		}
 		m.mu.Lock()
-		looked := m.looked
+		looked, total := m.looked, m.total
 		m.mu.Unlock()
-		m.opt.Progress.show(looked, m.total, what)
+		m.opt.Progress.show(looked, total, what)
 		if time.Since(saved) < saveEvery {
 			continue
 		}
@@ -334,7 +373,7 @@ func (m *migration) watch(ctx context.Context) {
 			m.stop(err)
 		case !failed:
 			failed = true
-			m.say("%v; the one before it stands", err)
+			m.say("%v", err)
 		}
 	}
 }
@@ -386,8 +425,7 @@ func (m *migration) take(part found) (out []*batch) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.after, m.walked = part.after, part.last
-	var b *batch
-	weight := int64(0)
+	var b batcher
 	for _, row := range part.rows {
 		m.report.Rows++
 		switch {
@@ -397,22 +435,31 @@ func (m *migration) take(part found) (out []*batch) {
 			m.report.Deleted++
 		case row.State == policy.Absent:
 			m.report.Dead++
-		case row.Size > m.opt.MaxValue:
-			m.report.note(row.Key, proxy.Done{Fate: proxy.TooLarge, Size: int(row.Size)})
 		default:
-			if b == nil || len(b.refs) >= m.pace.size() || weight > 0 && weight+row.Size > batchBytes {
-				b, weight = &batch{sent: map[string]bool{}}, 0
-				m.under[b] = true
-				m.open.Add(1)
-				out = append(out, b)
-			}
-			b.refs = append(b.refs, policy.Ref{Route: m.opt.Route.Name, Key: row.Key})
-			weight += row.Size
+			b.add(m, row.Key, row.Size)
 			continue
 		}
 		m.looked++
 	}
-	return out
+	m.total = part.expected(m.report.Rows, m.total)
+	return b.out
+}
+
+// batcher makes batches of keys, by their number and by what their values weigh. m.mu is held.
+type batcher struct {
+	out    []*batch
+	weight int64 // of the last one
+}
+
+func (a *batcher) add(m *migration, key string, size int64) {
+	if n := len(a.out); n == 0 || len(a.out[n-1].refs) >= m.pace.size() || a.weight+size > batchBytes {
+		b := &batch{sent: map[string]bool{}}
+		m.under[b] = true
+		m.open.Add(1)
+		a.out, a.weight = append(a.out, b), 0
+	}
+	a.out[len(a.out)-1].add(m.opt.Route.Name, key, size)
+	a.weight += size
 }
 
 // hand gives a batch to a worker. After an error the batch stays under way, to be written down.
@@ -434,25 +481,17 @@ func (m *migration) hand(ctx context.Context, b *batch) error {
 func (m *migration) again(last bool) (out []*batch) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	keys := slices.Sorted(maps.Keys(m.later))
-	clear(m.later)
-	if last {
-		for _, key := range keys {
+	defer clear(m.later)
+	var b batcher
+	for _, key := range slices.Sorted(maps.Keys(m.later)) {
+		if last {
 			m.report.note(key, proxy.Done{Fate: proxy.Busy})
 			m.looked++
+			continue
 		}
-		return nil
+		b.add(m, key, m.later[key])
 	}
-	for part := range slices.Chunk(keys, m.pace.size()) {
-		b := &batch{sent: map[string]bool{}}
-		for _, key := range part {
-			b.refs = append(b.refs, policy.Ref{Route: m.opt.Route.Name, Key: key})
-		}
-		m.under[b] = true
-		m.open.Add(1)
-		out = append(out, b)
-	}
-	return out
+	return b.out
 }
 
 // worker takes batches through the protocol until there are no more.
@@ -489,8 +528,7 @@ func (w *worker) batch(ctx, steps context.Context, b *batch) error {
 		done, err := w.step(steps, b)
 		if err == nil {
 			m.gate.worked()
-			m.settle(b, done)
-			return nil
+			return w.batches(ctx, steps, m.settle(b, done))
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -503,12 +541,7 @@ func (w *worker) batch(ctx, steps context.Context, b *batch) error {
 		fault := why == "" || b.tries >= triesAlone && !needsRoom(err) && w.alive(steps)
 		if len(b.refs) > 1 && fault {
 			// One key may spoil it for the others: a value that takes too long, or that cannot be read.
-			for _, part := range m.split(b) {
-				if err := w.batch(ctx, steps, part); err != nil {
-					return err
-				}
-			}
-			return nil
+			return w.batches(ctx, steps, m.split(b))
 		}
 		if fault {
 			if err := m.failed(b, err); err != nil {
@@ -520,6 +553,16 @@ func (w *worker) batch(ctx, steps context.Context, b *batch) error {
 			return err
 		}
 	}
+}
+
+// batches copies what is left of a batch.
+func (w *worker) batches(ctx, steps context.Context, parts []*batch) error {
+	for _, part := range parts {
+		if err := w.batch(ctx, steps, part); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // alive tells that both stores answer small questions.
@@ -545,19 +588,27 @@ func (w *worker) step(ctx context.Context, b *batch) (done []proxy.Done, err err
 	if err := w.connect(ctx); err != nil {
 		return nil, err
 	}
+	opt := &w.m.opt
 	switch {
-	case w.m.opt.Reverse:
-		return w.link.Copy(ctx, b.refs, b.sent, w.m.opt.DryRun)
-	case w.m.opt.DryRun:
-		keys := make([]string, len(b.refs))
-		for i, ref := range b.refs {
-			keys[i] = ref.Key
+	case opt.Reverse && opt.DryRun:
+		return w.link.PeekCopy(ctx, b.refs, opt.Route.Column())
+	case opt.Reverse:
+		return w.link.Copy(ctx, b.refs, b.sent)
+	case opt.DryRun:
+		return w.link.Peek(ctx, b.refs)
+	}
+	if len(b.refs) == 1 && b.sizes[0] > opt.MaxValue {
+		// What need not be read is not: there may be gigabytes in it.
+		sizes, err := w.link.Weigh(ctx, b.refs)
+		if err != nil {
+			return nil, err
 		}
-		fates, err := w.link.Peek(ctx, keys)
-		for _, f := range fates {
-			done = append(done, proxy.Done{Fate: f})
+		if sizes[0] > opt.MaxValue {
+			return []proxy.Done{{Fate: proxy.TooLarge, Size: int(sizes[0])}}, nil
 		}
-		return done, err
+	}
+	if b.slow {
+		return w.link.PromoteSlow(ctx, b.refs[0], b.sent)
 	}
 	return w.link.Promote(ctx, b.refs, b.sent)
 }
@@ -580,40 +631,73 @@ func (m *migration) met(ctx context.Context, link *proxy.PeerLink) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.known) == 1 && !m.opt.Reverse {
+	if len(m.known) > 0 && !m.opt.Reverse {
 		m.say("redis has been restarted: what it has lost of the rows that were copied is not copied again; run once more afterwards")
+		m.lost()
 	}
 	m.known[link.RunID()] = true
 	return nil
 }
 
-// settle counts what became of a batch.
-func (m *migration) settle(b *batch, done []proxy.Done) {
+// lost notes that Redis was restarted, and may lack again what was there or was copied. Caller holds mu.
+func (m *migration) lost() {
+	if m.report.Copied+m.report.There > 0 {
+		m.report.Restarts++
+	}
+}
+
+// settle counts what became of a batch, and returns what is to be tried again at once: keys whose leases were over before they were read,
+// fewer at a time.
+func (m *migration) settle(b *batch, done []proxy.Done) (rest []*batch) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.under, b)
+	late := &batch{sent: b.sent}
 	for i, d := range done {
 		key := b.refs[i].Key
-		if d.Fate == proxy.Busy && len(m.later) < maxLater {
-			m.later[key] = true
+		switch {
+		case d.Fate == proxy.Late && !b.slow:
+			late.add(m.opt.Route.Name, key, b.sizes[i])
+			continue
+		case d.Fate == proxy.Busy && len(m.later) < maxLater:
+			m.later[key] = b.sizes[i]
 			continue
 		}
 		m.report.note(key, d)
 		m.looked++
 	}
+	switch {
+	case len(late.refs) == 0:
+		return nil
+	case len(b.refs) == 1:
+		late.slow = true
+		rest = []*batch{late}
+	case len(late.refs) == 1:
+		rest = []*batch{late}
+	default:
+		rest = late.halves()
+	}
+	for _, p := range rest {
+		m.under[p] = true
+	}
+	return rest
 }
 
 // split makes two batches of one.
 func (m *migration) split(b *batch) []*batch {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	half := len(b.refs) / 2
-	parts := []*batch{{refs: b.refs[:half], sent: b.sent}, {refs: b.refs[half:], sent: b.sent}}
+	parts := b.halves()
 	delete(m.under, b)
 	for _, p := range parts {
 		m.under[p] = true
 	}
 	return parts
+}
+
+func (b *batch) halves() []*batch {
+	half := len(b.refs) / 2
+	return []*batch{{refs: b.refs[:half], sizes: b.sizes[:half], sent: b.sent}, {refs: b.refs[half:], sizes: b.sizes[half:], sent: b.sent}}
 }
 
 // failed counts a batch of one key that cannot be copied. The error ends the run, if no key can.

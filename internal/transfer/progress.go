@@ -20,6 +20,7 @@ const (
 type Progress struct {
 	w       io.Writer
 	columns func() int // of the terminal; nil: there is none
+	every   time.Duration
 
 	mu     sync.Mutex
 	drawn  bool // guarded by mu: the terminal's line is not empty
@@ -36,8 +37,15 @@ type point struct {
 
 // NewProgress shows on w. columns says how wide the terminal is that w is, and is nil if w is none.
 func NewProgress(w io.Writer, columns func() int) *Progress {
-	return &Progress{w: w, columns: columns}
+	p := &Progress{w: w, columns: columns, every: sayEvery}
+	if columns != nil {
+		p.every = drawEvery
+	}
+	return p
 }
+
+// Every sets how often it shows; it is not to be called once something runs.
+func (p *Progress) Every(d time.Duration) { p.every = d }
 
 // begin starts the clock; before is what was done by an earlier run.
 func (p *Progress) begin(before int64) {
@@ -75,11 +83,7 @@ func (p *Progress) show(done, total int64, what string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
-	every := sayEvery
-	if p.columns != nil {
-		every = drawEvery
-	}
-	if now.Sub(p.last) < every {
+	if now.Sub(p.last) < p.every {
 		return
 	}
 	p.last = now

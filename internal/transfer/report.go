@@ -37,6 +37,7 @@ type Report struct {
 	NoRow    int64 `json:"no_row"`   // an adopted column has no row of that key
 	Negative int64 `json:"negative"` // readers remember that both stores lack it
 	Failed   int64 `json:"failed"`
+	Restarts int64 `json:"redis_restarts"` // of Redis, after rows had been copied: it may have lost some of them
 	Bytes    int64 `json:"bytes"`
 
 	Seconds  float64              `json:"seconds"`
@@ -73,6 +74,8 @@ func (r *Report) note(key string, d proxy.Done) {
 		r.fail(key, "a constraint or a trigger of the table refuses the value")
 	case proxy.Remembered:
 		r.Negative++
+	case proxy.Late:
+		r.fail(key, fmt.Sprintf("its row could not be read within %s", proxy.PatientLease))
 	default:
 		r.fail(key, "somebody was at the key all the time")
 	}
@@ -94,7 +97,9 @@ func (r *Report) example(kind, key, why string) {
 }
 
 // OK tells that everything that can be is where it should be.
-func (r *Report) OK() bool { return r.Failed+r.NotJSON+r.TooLarge+r.Other+r.NoRow+r.Negative == 0 }
+func (r *Report) OK() bool {
+	return r.Failed+r.NotJSON+r.TooLarge+r.Other+r.NoRow+r.Negative+r.Restarts == 0
+}
 
 // Print writes the report for people. What is zero is left out, except the first two lines.
 func (r *Report) Print(w io.Writer) {
@@ -125,6 +130,7 @@ func (r *Report) Print(w io.Writer) {
 	line(r.TooLarge, "are larger than postgres.max_value")
 	line(r.NotJSON, "are not JSON, which is all that the column takes")
 	line(r.Failed, "failed")
+	line(r.Restarts, "restarts of redis, which may have lost what was copied before: run once more")
 	t.Flush() //nolint:errcheck // w's error shows in the lines below
 	d := time.Duration(r.Seconds * float64(time.Second))
 	fmt.Fprintf(w, "%s in %s, %.0f rows a second\n", bytesText(r.Bytes), d.Round(10*time.Millisecond), float64(r.Rows)/max(r.Seconds, 0.001))

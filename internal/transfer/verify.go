@@ -224,10 +224,10 @@ func (v *verification) walk(ctx context.Context, f feed, share float64, total in
 	var parts [][]policy.PageRow
 	after, last := "", false
 	walked := int64(0)
+	var part found
 	for !last {
 		parts = parts[:0]
 		for len(parts) < v.opt.Workers && !last {
-			var part found
 			err := patiently(ctx, v.stores, v.gate, func() (err error) {
 				part, err = f.next(ctx, after)
 				return err
@@ -242,7 +242,7 @@ func (v *verification) walk(ctx context.Context, f feed, share float64, total in
 		if err := v.spread(ctx, parts, each); err != nil {
 			return err
 		}
-		v.opt.Progress.show(walked, total, what)
+		v.opt.Progress.show(walked, part.expected(walked, total), what)
 		if len(v.suspects) >= maxSuspects {
 			if err := v.settle(ctx); err != nil {
 				return err
@@ -260,7 +260,7 @@ func (v *verification) batches(rows []policy.PageRow, share float64) (out [][]po
 		if row.State == policy.Absent || !v.chosen(row.Key, share) {
 			continue
 		}
-		if len(b) == batchKeys || weight > 0 && weight+row.Size > batchBytes {
+		if len(b) == batchKeys || len(b) > 0 && weight+row.Size > batchBytes {
 			out, b, weight = append(out, b), nil, 0
 		}
 		b, weight = append(b, row), weight+row.Size
@@ -313,33 +313,40 @@ func (v *verification) compareRows(ctx context.Context, link *proxy.PeerLink, ro
 	for i, row := range rows {
 		refs[i] = policy.Ref{Route: v.opt.Route.Name, Key: row.Key}
 	}
-	pairs, err := link.Compare(ctx, refs)
-	if err != nil {
-		return err
+	// Nothing is counted before all is compared: after an error it is compared again.
+	var live, equal, missing int64
+	var suspects []suspect
+	for len(refs) > 0 {
+		pairs, err := link.Compare(ctx, refs)
+		if err != nil {
+			return err
+		}
+		for i := range pairs {
+			p := &pairs[i]
+			if p.Row.State == policy.Live {
+				live++
+			}
+			switch kind := v.judge(p); {
+			case kind == "":
+				if p.Row.State == policy.Live {
+					equal++
+				}
+			case kind == NotInStore: // it has gone from the store since: the walk over Redis finds it
+			case kind == NotInRedis && !v.counts(kind):
+				// They may be as many as there are rows, and to say so needs no second look; only what is to be repaired gets one.
+				missing++
+			default:
+				suspects = append(suspects, v.suspect(refs[i], kind, p))
+			}
+		}
+		refs = refs[len(pairs):]
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for i, p := range pairs {
-		if p.Row.State == policy.Live {
-			v.verdict.StoreKeys++
-		}
-		switch kind := v.judge(&p); kind {
-		case "":
-			if p.Row.State == policy.Live {
-				v.verdict.Equal++
-			}
-		case NotInStore: // it has gone from the store since: the walk over Redis finds it
-		case NotInRedis:
-			// They may be as many as there are rows, and to say so needs no second look; only what is to be repaired gets one.
-			if v.counts(kind) {
-				v.suspects = append(v.suspects, v.suspect(refs[i], kind, &p))
-			} else {
-				v.verdict.Differences[kind]++
-			}
-		default:
-			v.suspects = append(v.suspects, v.suspect(refs[i], kind, &p))
-		}
-	}
+	v.verdict.StoreKeys += live
+	v.verdict.Equal += equal
+	v.verdict.Differences[NotInRedis] += missing
+	v.suspects = append(v.suspects, suspects...)
 	return nil
 }
 
@@ -469,16 +476,11 @@ func (v *verification) settle(ctx context.Context) error {
 		for i := 0; i < len(suspects); {
 			n := v.fitting(suspects[i:])
 			part := suspects[i : i+n]
-			pairs, pending, err := v.again(ctx, part)
-			if err != nil {
-				return err
-			}
-			for j := range pairs {
-				p := &pairs[j]
+			err := v.again(ctx, part, func(j int, p *proxy.Pair, pending map[string]bool) {
 				kind := v.judge(p)
 				if kind == "" || !v.counts(kind) && (kind == NotInRedis || kind == NotInStore) {
 					v.verdict.Equal++
-					continue
+					return
 				}
 				now := v.suspect(part[j].ref, kind, p)
 				count := 1
@@ -489,6 +491,9 @@ func (v *verification) settle(ctx context.Context) error {
 					flying[now.ref.Key] = true
 				}
 				next, times = append(next, now), append(times, count)
+			})
+			if err != nil {
+				return err
 			}
 			i += n
 		}
@@ -518,7 +523,7 @@ func (v *verification) fitting(s []suspect) int {
 	for i := range s {
 		weight += s[i].state[0].size + s[i].state[1].size
 		if s[i].kind == "" {
-			weight += batchBytes / 16 // nobody has looked how large it is
+			weight += unknownSize
 		}
 		if i == batchKeys || i > 0 && weight > batchBytes {
 			return i
@@ -527,22 +532,33 @@ func (v *verification) fitting(s []suspect) int {
 	return len(s)
 }
 
-// again compares suspects once more.
-func (v *verification) again(ctx context.Context, part []suspect) (pairs []proxy.Pair, pending map[string]bool, err error) {
+// again compares suspects once more, and hands each pair to judge, with the keys that a journal names.
+func (v *verification) again(ctx context.Context, part []suspect, judge func(i int, p *proxy.Pair, pending map[string]bool)) error {
 	l := linkHolder{peer: v.stores.Peer}
 	defer l.close()
-	err = patiently(ctx, v.stores, v.gate, func() error {
+	refs := refsOf(part)
+	done := 0
+	return patiently(ctx, v.stores, v.gate, func() error {
 		link, err := l.get(ctx)
 		if err != nil {
 			return err
 		}
-		if pending, err = link.Pending(ctx); err != nil {
+		pending, err := link.Pending(ctx)
+		if err != nil {
 			return err
 		}
-		pairs, err = link.Compare(ctx, refsOf(part))
-		return err
+		for done < len(refs) {
+			pairs, err := link.Compare(ctx, refs[done:])
+			if err != nil {
+				return err
+			}
+			for i := range pairs {
+				judge(done+i, &pairs[i], pending)
+			}
+			done += len(pairs)
+		}
+		return nil
 	})
-	return pairs, pending, err
 }
 
 func refsOf(part []suspect) []policy.Ref {
@@ -609,7 +625,7 @@ func (v *verification) repair(ctx context.Context, link *proxy.PeerLink, part []
 	case kind == NotInRedis:
 		return link.Promote(ctx, refs, map[string]bool{})
 	case kind == NotInStore:
-		return link.Copy(ctx, refs, map[string]bool{}, false)
+		return link.Copy(ctx, refs, map[string]bool{})
 	case kind == DiffType:
 		// Redis's list or hash is no copy of anything, and whoever made it reads it there.
 		done := make([]proxy.Done, len(refs))
