@@ -202,6 +202,9 @@ func TestColumnRowThatIsMadeAnew(t *testing.T) {
 			w.exec("DELETE FROM public.reports WHERE id < 5")
 			again(1, "+OK", "SET @ 5")
 			again(2, ":5", "EVAL return(redis.call('INCRBY',KEYS[1],5)) 1 @")
+			if !phase.Rules().ReadsStore {
+				return // what others do to a row concerns nobody there, and its record stays
+			}
 			// The row was deleted with its value, and the record of it is repaired.
 			c.want("+OK", "SET", "report:5", "1")
 			w.exec("DELETE FROM public.reports WHERE id = 5")
