@@ -573,7 +573,7 @@ func (j *journal) repair(ctx context.Context) (more bool, _ error) {
 		switch {
 		case err != nil:
 			return more, err
-		case n == 0 && len(parts) > 1:
+		case n == 0 && len(parts) > 1 && !j.e.namesStale(part): // what an entry names too waits for its repair, in drain for long
 			j.kick()
 			return more, failed
 		case i < len(parts)-1 && time.Now().After(end):

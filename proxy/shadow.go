@@ -166,7 +166,6 @@ func (sh *shadow) compare(ctx context.Context, batch []suspect) (again []suspect
 	e := sh.e
 	router := e.router.Load()
 	var keys []string
-	var refs []policy.Ref
 	var routes []*policy.Route
 	var asked []suspect
 	for _, s := range batch {
@@ -174,7 +173,7 @@ func (sh *shadow) compare(ctx context.Context, batch []suspect) (again []suspect
 		if r == nil || r.Name != s.ref.Route || !r.Phase.Rules().UsesStore || !r.Phase.Rules().ReadsRedis {
 			continue // the routes or phases have changed
 		}
-		keys, refs, routes, asked = append(keys, s.ref.Key), append(refs, s.ref), append(routes, r), append(asked, s)
+		keys, routes, asked = append(keys, s.ref.Key), append(routes, r), append(asked, s)
 	}
 	if len(asked) == 0 {
 		return nil
@@ -197,7 +196,8 @@ func (sh *shadow) compare(ctx context.Context, batch []suspect) (again []suspect
 		return nil
 	}
 	all, were := asked, routes
-	keys, refs, routes, asked = nil, nil, nil, nil
+	keys, routes, asked = nil, nil, nil
+	var refs []policy.Ref
 	size := int64(0)
 	for i, s := range all {
 		switch weight := weights[i].at; {

@@ -619,8 +619,10 @@ func (w *writer) storeFirst(ctx context.Context, ops []*writeOp, rawOnly bool) {
 			return
 		}
 		e.countNoRow(g, outcomes)
-		outcomes = g.finishAlone(outcomes)
-		changes = append(changes, forget...)
+		if len(forget) == 0 {
+			outcomes = g.finishAlone(outcomes)
+		}
+		changes = append(changes, forget...) // which others may read by now, so that nobody is answered before
 	}
 	var intent int64
 	var known []int64
