@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"cacheproxy/policy"
+
+	"github.com/jackc/pgx/v5"
 )
 
 func template(t testing.TB, match string) *policy.Template {
@@ -888,5 +890,37 @@ func TestColumnPage(t *testing.T) {
 	sql(t, s, `INSERT INTO reports SELECT i, 'x', NULL FROM generate_series(1, 20000) i; ANALYZE reports`)
 	if n, err := s.columnEstimate(testContext(t), col); err != nil || n < 15000 || n > 25000 {
 		t.Errorf("%d %v", n, err)
+	}
+}
+
+// A plan is made while cacheproxy.meta is empty, and used long after: what is known of a key is looked up by key all the same, and not read whole for each.
+func TestColumnPlansDoNotReadAllOfMeta(t *testing.T) {
+	t.Parallel()
+	s := openColumns(t, reportsDDL+`; INSERT INTO reports (id, analytics_cache) SELECT i, '0' FROM generate_series(1, 1000) i; ANALYZE reports`, reports(t))
+	c := s.columns.Load().list[0]
+	conn, err := s.pool.Acquire(testContext(t))
+	must(t, err)
+	defer conn.Release()
+	const none = "'{}'"
+	for name, q := range map[string]struct {
+		text string
+		args []string
+	}{
+		"load":  {c.load, []string{none, none, "'reports'", "'column reports'", "1::smallint"}},
+		"walk":  {c.begin, []string{"'reports'", "'column reports'", "1000"}},
+		"write": {c.write, []string{none, none, none, none, none, none, "'reports'", "'column reports'"}},
+	} {
+		for _, text := range []string{"SET plan_cache_mode = force_generic_plan", "PREPARE " + name + "_plan AS " + q.text} {
+			_, err := conn.Exec(testContext(t), text, pgx.QueryExecModeSimpleProtocol)
+			must(t, err)
+		}
+		rows, err := conn.Query(testContext(t), "EXPLAIN EXECUTE "+name+"_plan("+strings.Join(q.args, ", ")+")", pgx.QueryExecModeSimpleProtocol)
+		must(t, err)
+		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		must(t, err)
+		plan := strings.Join(lines, "\n")
+		if _, cond, ok := strings.Cut(plan, " using meta_pkey on meta o"); !ok || !strings.Contains(strings.SplitN(cond, "\n", 3)[1], "(key = ") {
+			t.Errorf("%s:\n%s", name, plan)
+		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 
 // columnWalkSQL looks at the next rows of a column's table in the order of its unique index, empty ones included. Values stay where they are,
 // but for those whose life cacheproxy.meta knows.
-const columnWalkSQL = `
+var columnWalkSQL = `
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
      fence AS MATERIALIZED (SELECT coalesce(max(g.generation), 0) AS floor FROM cacheproxy.generations g WHERE g.scope = {scope}::text)
 SELECT k.texts, k.state, k.state = 1 AND NOT k.empty, k.size
@@ -25,7 +25,7 @@ FROM (SELECT e.*, {state} AS state
             FROM clock, fence,
                  (SELECT {columns}, row_number() OVER (ORDER BY {order}) AS n
                   FROM {table} r WHERE {begin} {named} ORDER BY {order} LIMIT {limit}::bigint) r
-            LEFT JOIN cacheproxy.meta m ON m.route = {route}::text AND m.key = {key}
+            ` + metaOf("{route}", "{key}") + `
             OFFSET 0) e) k
 ORDER BY k.n`
 
@@ -133,7 +133,7 @@ func (s *Store) columnKeys(ctx context.Context, c *column, n int) (keys []string
 		percent *= float64(standingLooked) / float64(rows) * 0.8 // a limit that cut much off would leave out the table's end
 	}
 	looked := 0
-	err = s.do(ctx, s.house, "look at phases", func(ctx context.Context, conn *pgx.Conn) error {
+	err = s.do(ctx, s.reads, "look at phases", func(ctx context.Context, conn *pgx.Conn) error {
 		keys, looked = nil, 0
 		rows, err := conn.Query(ctx, c.sample, c.Route, c.scope(), standingLooked, percent)
 		if err != nil {
