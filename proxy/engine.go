@@ -398,6 +398,7 @@ func (e *engine) repairPage(ctx context.Context, refs []policy.Ref) (dropped int
 type noStore struct{}
 
 func (noStore) Load(context.Context, []policy.Ref) ([]policy.Row, error) { return nil, errStoreDown }
+func (noStore) Look(context.Context, []policy.Ref) ([]policy.Row, error) { return nil, errStoreDown }
 func (noStore) Begin(context.Context, []policy.Ref) (Tx, error)          { return nil, errStoreDown }
 func (noStore) Lock(context.Context, []policy.Ref) (Tx, error)           { return nil, errStoreDown }
 func (noStore) Poll(context.Context, int64) (StorePoll, error)           { return StorePoll{}, errStoreDown }

@@ -156,8 +156,12 @@ func (e *engine) nothingOnlyInRedis(ctx context.Context, router *policy.Router, 
 			return said.Sentence("redis has more than " + strconv.Itoa(maxBackScan) + " keys: too many to compare here")
 		}
 		if len(refs) > 0 {
-			rows, err := e.store.load(ctx, refs)
-			if err != nil {
+			// That it takes too long does not open the breaker: it looks at more than clients do.
+			rows, err := e.store.Look(ctx, refs)
+			switch {
+			case ctx.Err() != nil:
+				return said.Sentence("the comparison of Redis with Postgres was not done within " + backScanTime.String() + ": try again when they are less busy")
+			case err != nil:
 				return errors.Join(said.Sentence("postgres cannot be asked for its keys"), err)
 			}
 			for _, row := range rows {

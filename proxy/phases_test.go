@@ -1,12 +1,15 @@
 package proxy_test
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"cacheproxy/policy"
+	"cacheproxy/proxy"
 )
 
 // exact are values whose bytes JSONB would change or refuse.
@@ -126,4 +129,44 @@ func TestListAfterDeletedString(t *testing.T) {
 			}
 		})
 	}
+}
+
+// lateStore gives no answer in time once the test says so.
+type lateStore struct {
+	proxy.Store
+	late atomic.Bool
+}
+
+func (s *lateStore) Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if s.late.Load() {
+		return nil, context.DeadlineExceeded
+	}
+	return s.Store.Load(ctx, refs)
+}
+
+func (s *lateStore) Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error) {
+	if s.late.Load() {
+		return nil, context.DeadlineExceeded
+	}
+	return s.Store.Look(ctx, refs)
+}
+
+// A step back compares all of Redis with Postgres. That this takes too long refuses the step, and is no outage: readers miss nothing.
+func TestStepBackThatTakesTooLong(t *testing.T) {
+	w := newWorld(t)
+	store := &lateStore{}
+	s := w.start(sidecarOptions{routes: []policy.Route{route(policy.Phase1)}, store: func(inner proxy.Store) proxy.Store { store.Store = inner; return store }})
+	c := s.dial(t)
+	c.want("+OK", "SET", "k", "v")
+	store.late.Store(true)
+	if err := s.srv.SetPhase("all", policy.Phase0); err == nil {
+		t.Error("the step is taken without the comparison")
+	}
+	store.late.Store(false)
+	if h := s.srv.Health(); h.Postgres.Status != "connected" {
+		t.Errorf("postgres is %s: %s", h.Postgres.Status, h.Postgres.Reason)
+	}
+	w.raw.want(":1", "DEL", "k")
+	c.want("v", "GET", "k")
+	c.want("+OK", "CACHEPROXY", "PHASE", "all", "phase0")
 }

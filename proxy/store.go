@@ -18,6 +18,8 @@ import (
 type Store interface {
 	// Load reads the keys, in the order of refs. A row that has expired is a Tombstone.
 	Load(ctx context.Context, refs []policy.Ref) ([]policy.Row, error)
+	// Look is Load for a caller that needs no values: those of its rows are empty.
+	Look(ctx context.Context, refs []policy.Ref) ([]policy.Row, error)
 	// Begin opens a transaction that holds the key locks of refs, which are distinct.
 	Begin(ctx context.Context, refs []policy.Ref) (Tx, error)
 	// Lock is Begin for a caller that needs no values: those of its rows are empty.
