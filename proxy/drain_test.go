@@ -5,7 +5,6 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"cacheproxy/fallback"
 	"cacheproxy/policy"
 	"cacheproxy/proxy"
 )
@@ -43,22 +42,13 @@ func (w *world) drained() (*sidecar, *looked) {
 	}), l
 }
 
-func (w *world) triggers() {
-	w.t.Helper()
-	sql, err := fallback.TriggerSQL(reportsColumn())
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.exec(sql)
-}
-
 const recorded = "SELECT count(*) FROM cacheproxy.meta WHERE change IS NOT NULL"
 
 // drain reads Redis alone: what others write into the column is no reason to delete there what clients have written. Who reads the column repairs.
 func TestDrainLeavesRedisAsItIs(t *testing.T) {
 	w := columnWorld(t)
 	s, l := w.drained()
-	w.triggers()
+	w.record()
 	c := s.dial(t)
 	c.want("+OK", "SET", "report:1", "1")
 	c.want("+OK", "SET", "report:2", "2")
@@ -81,7 +71,7 @@ func TestDrainLeavesRedisAsItIs(t *testing.T) {
 func TestDrainStrikesWhatHasNoRow(t *testing.T) {
 	w := columnWorld(t)
 	s, l := w.drained()
-	w.triggers()
+	w.record()
 	c := s.dial(t)
 	w.exec("UPDATE public.reports SET analytics_cache = '[1]' WHERE id = 1")
 	c.want("+OK", "SET", "report:1", "2") // before or after a repair has looked
@@ -97,7 +87,7 @@ func TestDrainStrikesWhatHasNoRow(t *testing.T) {
 func TestDrainBesidePhase3KeepsItsWrites(t *testing.T) {
 	w := columnWorld(t)
 	three := w.column(policy.Phase3, func(o *sidecarOptions) { o.columns[0].Unused = true })
-	w.triggers()
+	w.record()
 	c := three.dial(t)
 	w.exec("UPDATE public.reports SET analytics_cache = '[1]' WHERE id IN (1, 2)")
 	w.exec("DELETE FROM public.reports WHERE id = 2")
@@ -141,7 +131,7 @@ func TestDrainLeavesTheWindowToPhase2(t *testing.T) {
 	w := newWorld(t, "--save", "100000 1000000", "--dbfilename", "old.rdb")
 	w.makeReports(10)
 	d, _ := w.drained()
-	w.triggers()
+	w.record()
 	c := d.dial(t)
 	c.want("+OK", "SET", "report:1", "1")
 	w.raw.want("+OK", "SAVE")

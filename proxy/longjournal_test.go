@@ -48,7 +48,7 @@ func TestJournalIsPolledBetweenRepairs(t *testing.T) {
 		so.store = func(s proxy.Store) proxy.Store { o.Store = s; return o }
 		so.change = func(c *proxy.ServerConfig) { c.Poll = 40 * time.Millisecond; o.pause = c.Poll }
 	})
-	w.triggers()
+	w.record()
 	w.exec("UPDATE public.reports SET analytics_cache = '1'")
 	w.until("all is repaired", func() bool { return w.sql(recorded) == "0" })
 	s.stop()

@@ -141,6 +141,16 @@ func (x *tools) verdict(text string) (v transfer.Verdict) {
 	return v
 }
 
+// verify runs verify in two quick rounds.
+func (x *tools) verify(args ...string) (int, transfer.Verdict) {
+	x.t.Helper()
+	code, stdout, stderr := x.tool(append([]string{"verify", "--json", "--rounds", "2", "--pause", "50ms"}, args...)...)
+	if stdout == "" {
+		x.t.Fatalf("exit code %d\n%s", code, stderr)
+	}
+	return code, x.verdict(stdout)
+}
+
 func TestMigrate(t *testing.T) {
 	x := newTools(t, "phase1", "postgres: {max_value: 1MiB}")
 	x.rows(3000)
@@ -517,21 +527,13 @@ func TestVerify(t *testing.T) {
 				x.tool("migrate")
 				x.phase("drain")
 			}
-			verify := func(args ...string) (int, transfer.Verdict) {
-				t.Helper()
-				code, stdout, stderr := x.tool(append([]string{"verify", "--json", "--rounds", "2", "--pause", "50ms"}, args...)...)
-				if stdout == "" {
-					t.Fatalf("exit code %d\n%s", code, stderr)
-				}
-				return code, x.verdict(stdout)
-			}
-			if code, v := verify("--complete"); code != exitFine || !v.OK || v.StoreKeys != 1000 || v.RedisKeys != 1000 || v.Equal != 1000 || v.Counted != 0 {
+			if code, v := x.verify("--complete"); code != exitFine || !v.OK || v.StoreKeys != 1000 || v.RedisKeys != 1000 || v.Equal != 1000 || v.Counted != 0 {
 				t.Errorf("equal copies: exit code %d: %+v", code, v)
 			}
-			if code, v := verify("--sample", "10%"); code != exitFine || v.StoreKeys < 20 || v.StoreKeys > 300 {
+			if code, v := x.verify("--sample", "10%"); code != exitFine || v.StoreKeys < 20 || v.StoreKeys > 300 {
 				t.Errorf("a tenth: exit code %d: %+v", code, v)
 			}
-			if code, v := verify("--sample", "100"); code != exitFine || v.StoreKeys < 20 || v.StoreKeys > 300 {
+			if code, v := x.verify("--sample", "100"); code != exitFine || v.StoreKeys < 20 || v.StoreKeys > 300 {
 				t.Errorf("a hundred: exit code %d: %+v", code, v)
 			}
 
@@ -565,11 +567,11 @@ func TestVerify(t *testing.T) {
 					t.Errorf("%d are in flight, want 2", v.InFlight)
 				}
 			}
-			code, v := verify()
+			code, v := x.verify()
 			if same(v); code != exitNot || v.OK || v.Counted != 6 || len(v.Examples) != 6 {
 				t.Errorf("exit code %d: %+v", code, v)
 			}
-			code, v = verify("--complete")
+			code, v = x.verify("--complete")
 			keeps := phase == "phase0" || phase == "phase1"
 			counted := int64(7)
 			if keeps {
@@ -582,13 +584,13 @@ func TestVerify(t *testing.T) {
 				t.Errorf("for people: exit code %d\n%s", code, stdout)
 			}
 			// A hash that took the place of a key is nobody's copy: it stays.
-			code, v = verify("--complete", "--repair")
+			code, v = x.verify("--complete", "--repair")
 			if same(v); code != exitNot || v.Repaired != counted-1 {
 				t.Errorf("repair: exit code %d: %+v", code, v)
 			}
 			x.must(x.redis.Del(x.ctx, "k:000006").Err())
 			delete(want, transfer.DiffType)
-			code, v = verify("--complete")
+			code, v = x.verify("--complete")
 			if code != exitNot || v.Counted != 1 || v.Differences[transfer.NotInRedis] != 1 || v.InFlight != 2 {
 				t.Errorf("after the repair: exit code %d: %+v", code, v)
 			}

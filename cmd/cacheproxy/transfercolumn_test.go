@@ -142,15 +142,7 @@ func TestVerifyColumn(t *testing.T) {
 				t.Fatalf("migrate: %d\n%s", code, stderr)
 			}
 			x.column(phase, 0)
-			verify := func(args ...string) (int, transfer.Verdict) {
-				t.Helper()
-				code, stdout, stderr := x.tool(append([]string{"verify", "--json", "--rounds", "2", "--pause", "50ms"}, args...)...)
-				if stdout == "" {
-					t.Fatalf("exit code %d\n%s", code, stderr)
-				}
-				return code, x.verdict(stdout)
-			}
-			if code, v := verify("--complete"); code != exitFine || !v.OK || v.StoreKeys != 300 || v.RedisKeys != 300 || v.Equal != 300 || v.Counted != 0 {
+			if code, v := x.verify("--complete"); code != exitFine || !v.OK || v.StoreKeys != 300 || v.RedisKeys != 300 || v.Equal != 300 || v.Counted != 0 {
 				t.Errorf("equal copies: exit code %d: %+v", code, v)
 			}
 
@@ -186,7 +178,7 @@ func TestVerifyColumn(t *testing.T) {
 					t.Errorf("%d are in flight, want 2; %d have no row, want 1", v.InFlight, v.NoRow)
 				}
 			}
-			code, v := verify()
+			code, v := x.verify()
 			if same(v); code != exitNot || v.OK || v.Counted != 6 {
 				t.Errorf("exit code %d: %+v", code, v)
 			}
@@ -195,16 +187,16 @@ func TestVerifyColumn(t *testing.T) {
 			if keeps {
 				counted, left = 9, 2 // and what is not JSON
 			}
-			code, v = verify("--complete")
+			code, v = x.verify("--complete")
 			if same(v); code != exitNot || v.Counted != counted {
 				t.Errorf("complete: exit code %d: %+v", code, v)
 			}
-			code, v = verify("--complete", "--repair")
+			code, v = x.verify("--complete", "--repair")
 			if same(v); code != exitNot || v.Repaired != counted-left {
 				t.Errorf("repair: exit code %d: %+v", code, v)
 			}
 			x.must(x.redis.Del(x.ctx, "k:6", "k:11").Err())
-			if code, v = verify("--complete"); code != exitNot || v.Counted != 1 || v.Differences[transfer.NotInRedis] != 1 || v.InFlight != 2 {
+			if code, v = x.verify("--complete"); code != exitNot || v.Counted != 1 || v.Differences[transfer.NotInRedis] != 1 || v.InFlight != 2 {
 				t.Errorf("after the repair: exit code %d: %+v", code, v)
 			}
 			for id, is := range map[int][2]string{ // in Redis and in the column
