@@ -187,7 +187,10 @@ func (a *application) reader(seed uint64) {
 			if k.version > got.Version {
 				if late := began.Sub(k.seen.Add(-poll - noticed)); late > 0 && k.seen.After(began) {
 					a.late.Add(1)
-					for old := a.latest.Load(); int64(late) > old && !a.latest.CompareAndSwap(old, int64(late)); old = a.latest.Load() {
+					for old := a.latest.Load(); int64(late) > old; old = a.latest.Load() {
+						if a.latest.CompareAndSwap(old, int64(late)) {
+							a.t.Logf("%s: SQL was seen %v late", began.UTC().Format("15:04:05.000"), late.Round(time.Millisecond))
+						}
 					}
 				}
 				break
